@@ -1,0 +1,52 @@
+"""Task distributions as Gymnasium vector environments. Importing registers their ids; make builds one."""
+
+import importlib
+
+import gymnasium as gym
+
+from common.adapter import register
+from common.base import TaskVectorEnv
+
+__all__ = ["TaskVectorEnv", "ids", "make", "register"]
+
+for _id, _entry, _kwargs in [
+    ("Bandit5-v0", "common.bandits:Bandit", {"arms": 5}),
+    ("Bandit10-v0", "common.bandits:Bandit", {"arms": 10}),
+    ("Bandit50-v0", "common.bandits:Bandit", {"arms": 50}),
+    ("TabularMDP-v0", "common.tabular:TabularMDP", {}),
+    ("GridNavi-v0", "common.grids:GridNavi", {}),
+    ("Maze-v0", "common.grids:Maze", {}),
+    ("PointGoal-v0", "common.points:PointGoal", {}),
+    ("PointRobot-v0", "common.points:PointRobot", {}),
+    ("SparsePointGoal-v0", "common.points:SparsePointGoal", {}),
+]:
+    gym.register(_id, vector_entry_point=_entry, kwargs=_kwargs)
+
+
+def ids():
+    """The ids of every task distribution that is registered, ours and those added by common.register."""
+    entries = {id: spec.vector_entry_point for id, spec in gym.registry.items()}
+    ours = [id for id, entry in entries.items() if isinstance(entry, str) and entry.startswith("common.")]
+    return sorted(
+        ours + [id for id, entry in entries.items() if getattr(entry, "is_task_distribution", False)]
+    )
+
+
+def make(env_id, num_envs, device="cpu", seed=None, **kwargs):
+    """Build a task distribution: gymnasium.make_vec with the one mode that batches tasks.
+
+    env_id: one of ids(), or "module:id" to import the module that registers your own first.
+    Raises ValueError, with the known ids, for an id that is not a task distribution.
+    """
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"cannot import the module of {env_id!r}: {error}; is its folder on PYTHONPATH?"
+            ) from error
+    if name not in ids():
+        raise ValueError(f"unknown task distribution {env_id!r}; known are {', '.join(ids())}")
+    mode = gym.VectorizeMode.VECTOR_ENTRY_POINT
+    return gym.make_vec(name, num_envs=num_envs, vectorization_mode=mode, device=device, seed=seed, **kwargs)

@@ -1,0 +1,666 @@
+"""RL^2: let a recurrent policy discover its own learning rule.
+(Duan et al. 2016, arXiv:1611.02779; Wang et al. 2016, arXiv:1611.05763)
+
+THE IDEA
+    Play several episodes of the same unknown task in a row, and do not clear the network's memory between
+    them. Reward the whole row. To score, the network must use episode 1 to find out what episode 2 needs:
+    exploration is learned, not added. After training the weights stay fixed; learning a new task is nothing
+    but the hidden state moving.
+
+    Seen from outside this is PPO with a recurrent policy on one big POMDP whose "episode" is a trial: a
+    task is drawn, n episodes of it are played, and what cannot be observed is the task. The fast learner
+    (the GRU's dynamics) lives inside the slow one (PPO on its weights).
+
+ALGORITHM
+    repeat
+        in every environment: draw a task M ~ p(M), hidden = 0                                     [Sec 2.2]
+            play n episodes of M with action ~ pi(. | obs, last action, reward and done; hidden)    [Fig 1]
+        A_t = sum_l (gamma lambda)^l delta_{t+l} over the whole trial                              [GAE Eq 16]
+              delta_t = r_t + gamma V_{t+1} - V_t                                                  [GAE Eq 10]
+        in minibatches of whole trials:
+            maximise E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)], rho = pi / pi_old               [PPO Eq 7]
+    on a new task: play. Nothing is trained.
+    GAE: Schulman et al. 2016, arXiv:1506.02438. PPO: Schulman et al. 2017, arXiv:1707.06347.
+
+DIFFERS FROM THE PAPER
+    D1  PPO instead of TRPO, as in the authors' own launch scripts.
+    D2  Actor and critic are two linear heads on one GRU, instead of a recurrent baseline of its own: half
+        the work.
+    D3  The critic predicts standardised returns, and its last layer is rescaled as their scale moves
+        (PopArt, van Hasselt et al. 2016, arXiv:1602.07714): one learning rate then serves trials that sum
+        to 6 and to 400.
+    D4  gamma = 1 by default: a trial is finite, and its plain sum is what the paper's tables report.
+    D5  Step size and entropy bonus fall linearly to zero.
+
+TRAPS (each has a test that goes red when the trap is put in)
+    T1  The hidden state cleared where an EPISODE ends: the policy learns the average task and gains
+        nothing from episode 1 to n.
+    T2  Credit cut where an episode ends: episode 1 is never paid for the information that it bought.
+    T3  The hidden state kept where the TASK changes: a new task is met in the belief that it is the old
+        one.
+    T4  A done flag that is never 1, or a first observation that is never shown: no telling where episodes
+        begin.
+    T5  Value targets made of standardised advantages: the critic learns a scale that means nothing.
+    T6  Time shuffled, or cut into single steps: backpropagation through one step cannot teach what to
+        remember.
+    T7  "Before" and "after" on different tasks, or on training tasks.
+    T8  Where episodes can end early, trials end at different times: what follows the n-th episode is no
+        data.
+
+RUN
+    python rl2_ppo.py                                                                   two minutes
+    python rl2_ppo.py --resume runs/NAME                                                goes on, bit for bit
+
+RESULT
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import gymnasium as gym
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.distributions import Categorical, Independent, Normal
+from tqdm import tqdm
+
+import common
+
+# ================================ 1. Args ================================
+
+
+@dataclass
+class Args:
+    env_id: str = "Bandit5-v0"  # task distribution: one of common.ids(), or your_module:YourId-v0
+    seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
+    total_timesteps: int = 8_000_000  # environment steps in all, those spent on adapting to a task too
+    device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
+    compile: bool = False  # torch.compile the gradient step: may pay on a GPU, does not on a CPU
+    track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
+    wandb_project: str = "onefile-meta-rl"  # W&B project
+    wandb_entity: str = ""  # W&B user or team; empty: your default one
+    run_dir: str = "runs"  # parent folder of this run's own folder
+    eval_every: int = 10  # iterations between evaluations on the held-out tasks
+    save_every: int = 10  # iterations between checkpoints
+    resume: str = ""  # run folder (or its checkpoint.pt) to continue, bit for bit; flags need not be repeated
+    evaluate: str = ""  # run folder (or checkpoint) to evaluate on the held-out tasks, then exit
+
+    num_envs: int = 4096  # trials played side by side, each of its own task; an iteration is one in each
+    episodes_per_trial: int = 10  # n, the episodes of one task that share a hidden state
+    hidden_size: int = 64  # width of the GRU: all that the agent can remember of a task
+    lr: float = 0.01  # Adam's step size, falling linearly to zero; less for smaller batches and longer trials
+    gamma: float = 1.0  # discount per step, running on through the episodes of a trial
+    gae_lambda: float = 1.0  # GAE: 1 uses whole sampled returns, less leans on the critic
+    clip: float = 0.2  # PPO: the ratio of new to old probability stops paying beyond 1 +- clip
+    epochs: int = 4  # passes over each batch of trials
+    minibatches: int = 4  # gradient steps a pass, each on whole trials
+    entropy_coef: float = 0.003  # bonus for random actions, falling linearly to zero
+    value_coef: float = 0.5  # weight of the critic's loss beside the policy's
+    max_grad_norm: float = 1.0  # longer gradients are shortened to this length
+    bptt_window: int = 0  # backpropagate through this many steps at most; 0: through the whole trial
+    eval_tasks: int = 0  # held-out tasks to evaluate on; 0: all there are, at most 10,000
+
+
+# ============================== 2. Networks ==============================
+
+
+class RecurrentActorCritic(nn.Module):
+    """A GRU that reads the trial as it unfolds, and two linear heads that read the GRU. [D2]"""
+
+    def __init__(self, obs_dim, action_space, hidden_size):
+        super().__init__()
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
+        self.gru = nn.GRU(obs_dim + self.action_dim + 2, hidden_size)
+        self.actor = nn.Linear(hidden_size, self.action_dim)
+        self.critic = nn.Linear(hidden_size, 1)
+        if not self.discrete:
+            self.log_std = nn.Parameter(torch.zeros(self.action_dim))
+            self.register_buffer("low", torch.as_tensor(action_space.low))
+            self.register_buffer("high", torch.as_tensor(action_space.high))
+        self.register_buffer("return_mean", torch.zeros(()))  # [D3]
+        self.register_buffer("return_std", torch.ones(()))
+        for weight in (self.gru.weight_ih_l0, self.gru.weight_hh_l0):
+            for gate in weight.chunk(3):  # one orthogonal matrix a gate: what is remembered keeps its length
+                nn.init.orthogonal_(gate)
+        nn.init.orthogonal_(self.actor.weight, 0.01)  # start from an almost uniform policy
+        nn.init.orthogonal_(self.critic.weight)
+        for bias in (self.gru.bias_ih_l0, self.gru.bias_hh_l0, self.actor.bias, self.critic.bias):
+            nn.init.zeros_(bias)
+
+    def forward(self, x, hidden):
+        """x: [T, B, obs + act + 2], the steps of a trial; hidden: [1, B, H], before the first of them.
+
+        Returns the action distribution over [T, B], value [T, B] in units of return, and the last hidden.
+        """
+        memory, hidden = self.gru(x, hidden)  # [T, B, H] in one call: nothing is reset inside a trial [T1]
+        value = self.return_mean + self.return_std * self.critic(memory).squeeze(-1)
+        head = self.actor(memory)  # [T, B, act]
+        if self.discrete:
+            return Categorical(logits=head, validate_args=False), value, hidden
+        normal = Normal(head, self.log_std.exp().expand_as(head), validate_args=False)
+        return Independent(normal, 1, validate_args=False), value, hidden  # log-probs summed over dimensions
+
+    def initial_hidden(self, batch):
+        return torch.zeros(1, batch, self.gru.hidden_size, device=self.return_mean.device)
+
+    def encode(self, action):
+        """What the next input tells of an action: [B] -> one-hot [B, act]; [B, act] as it is."""
+        return F.one_hot(action, self.action_dim).float() if self.discrete else action
+
+    def to_env(self, action):
+        """The Gaussian lives on [-1, 1], the environment's box may have other bounds. Discrete: as it is."""
+        return action if self.discrete else self.low + (action.clamp(-1, 1) + 1) / 2 * (self.high - self.low)
+
+
+# ================================ 3. Data ================================
+
+
+@torch.no_grad()
+def rollout(agent, env, tasks, num_episodes, window):
+    """Play a trial in every environment: num_episodes episodes of tasks[i], with hidden never cleared.
+
+    tasks: [B, task_dim]. Returns a dict of [T, B, ...] tensors, T = num_episodes * horizon: x (the input),
+    action, logprob, value, reward, episode (its number in the trial), valid (1 inside the trial, 0 after it),
+    success; and hidden [T / window, B, H], the memory with which each window of steps begins.
+    """
+    batch = env.num_envs
+    env.set_tasks(tasks)
+    obs, _ = env.reset()
+    hidden = agent.initial_hidden(batch)  # T3: a new task begins from nothing
+    last_action = torch.zeros(batch, agent.action_dim, device=obs.device)
+    last_reward = last_done = no_success = torch.zeros(batch, device=obs.device)
+    episode = torch.zeros(batch, dtype=torch.int64, device=obs.device)
+    steps, window_hidden = [], []
+    for step in range(num_episodes * env.horizon):
+        if step % window == 0:
+            window_hidden.append(hidden[0])
+        # T4: where an episode has just ended, obs is the next one's first observation and last_done is 1.
+        x = torch.cat([obs, last_action, last_reward[:, None], last_done[:, None]], 1)  # [B, obs + act + 2]
+        policy, value, hidden = agent(x[None], hidden)  # T1: hidden runs on where an episode ends
+        action = policy.sample()  # [1, B] or [1, B, act]
+        logprob = policy.log_prob(action)
+        action = action[0]
+        obs, reward, terminated, truncated, info = env.step(agent.to_env(action))
+        success = info.get("success", no_success)
+        steps.append((x, action, logprob[0], value[0], reward, episode, success))
+        done = terminated | truncated
+        last_action, last_reward, last_done = agent.encode(action), reward, done.float()
+        episode = episode + done
+    names = ("x", "action", "logprob", "value", "reward", "episode", "success")
+    trials = {name: torch.stack(column) for name, column in zip(names, zip(*steps, strict=True), strict=True)}
+    trials["valid"] = (trials["episode"] < num_episodes).float()  # T8
+    trials["hidden"] = torch.stack(window_hidden)
+    return trials
+
+
+def gae(reward, value, valid, gamma, gae_lambda):
+    """Generalised advantage estimation over sequences whose end is the end: nothing is bootstrapped after it.
+
+    reward, value, valid: [T, B]; valid is 1 for the steps of the sequence and 0 for the padding behind them.
+    Returns advantage [T, B], 0 in the padding.  A_t = delta_t + gamma lambda A_{t+1}  [GAE Eq 10, 16]
+
+    A sequence is what the objective sums over. For RL^2 that is the trial, so the recursion runs straight
+    through the ends of episodes; cutting it there, as several public versions do, is T2.
+    """
+    advantage = torch.zeros_like(reward)
+    next_value = next_advantage = torch.zeros_like(reward[0])
+    for step in reversed(range(len(reward))):
+        delta = reward[step] + gamma * next_value - value[step]
+        next_advantage = (delta + gamma * gae_lambda * next_advantage) * valid[step]
+        next_value = value[step] * valid[step]
+        advantage[step] = next_advantage
+    return advantage
+
+
+def masked_moments(x, valid):
+    """Mean and standard deviation of x over the entries where valid is 1; both of one shape."""
+    mean = (x * valid).sum() / valid.sum()
+    return mean, (((x - mean) ** 2 * valid).sum() / valid.sum()).sqrt()
+
+
+def make_sequences(trials, window, args):
+    """Trials -> what PPO learns from: [window, S, ...] tensors, S = T / window * B, and hidden [S, H]."""
+    valid, value = trials["valid"], trials["value"]
+    advantage = gae(trials["reward"], value, valid, args.gamma, args.gae_lambda)
+    mean, std = masked_moments(advantage, valid)
+    data = {name: trials[name] for name in ("x", "action", "logprob", "value", "valid")}
+    data["ret"] = advantage + value  # T5: of the advantages as they are, before they are standardised
+    data["advantage"] = (advantage - mean) / (std + 1e-8)
+    # T6: a window keeps its order in time; [T, B, ...] -> [T / window, window, B, ...] -> [window, S, ...]
+    data = {name: x.unflatten(0, (-1, window)).transpose(0, 1).flatten(1, 2) for name, x in data.items()}
+    return data, trials["hidden"].flatten(0, 1)
+
+
+# =============================== 4. Update ===============================
+
+
+def ppo_policy_loss(logprob, old_logprob, advantage, valid, clip):
+    """The clipped surrogate as a loss [PPO Eq 7]. All [T, B]. Returns the loss and the fraction clipped."""
+    ratio = (logprob - old_logprob).exp()  # 1 everywhere at the first gradient step of an iteration
+    gain = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    clipped = ((ratio - 1).abs() > clip).float()
+    return -masked_moments(gain, valid)[0], masked_moments(clipped, valid)[0]
+
+
+def ppo_value_loss(value, ret, valid, scale):
+    """Half the squared error in units of scale, the returns' std. value, ret, valid: [T, B]."""
+    return 0.5 * masked_moments(((value - ret) / scale) ** 2, valid)[0]
+
+
+@torch.no_grad()
+def follow_return_scale(agent, ret, valid, rate):
+    """Move the critic's unit to the moments of these returns without moving its predictions. [D3]
+
+    ret, valid: [T, B]; rate: 1 takes the new moments over, less follows slowly. Changes the agent in place.
+    """
+    mean, std = masked_moments(ret, valid)
+    mean = torch.lerp(agent.return_mean, mean, rate)
+    std = torch.lerp(agent.return_std, std.clamp(min=1e-3), rate)
+    agent.critic.weight.mul_(agent.return_std / std)
+    agent.critic.bias.mul_(agent.return_std).add_(agent.return_mean - mean).div_(std)
+    agent.return_mean.copy_(mean)
+    agent.return_std.copy_(std)
+
+
+def update(agent, optimizer, data, hidden, entropy_coef, args):
+    """One gradient step on whole sequences: data [T, b, ...], hidden [b, H]. Returns metrics, on device."""
+    policy, value, _ = agent(data["x"], hidden[None])
+    logprob, valid = policy.log_prob(data["action"]), data["valid"]
+    pg_loss, clipfrac = ppo_policy_loss(logprob, data["logprob"], data["advantage"], valid, args.clip)
+    v_loss = ppo_value_loss(value, data["ret"], valid, agent.return_std)
+    entropy = masked_moments(policy.entropy(), valid)[0]
+    loss = pg_loss + args.value_coef * v_loss - entropy_coef * entropy
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+    logratio = logprob.detach() - data["logprob"]
+    kl = masked_moments(logratio.exp() - 1 - logratio, valid)[0]  # of low variance, for KL(pi_old || pi)
+    metrics = {"losses/policy": pg_loss, "losses/value": v_loss, "debug/entropy": entropy, "debug/kl": kl}
+    metrics |= {"debug/clipfrac": clipfrac, "debug/grad_norm": grad_norm}
+    return {name: value.detach() for name, value in metrics.items()}
+
+
+def ppo_epochs(agent, optimizer, update_fn, trials, window, first, anneal, args):
+    """All gradient steps of an iteration, the first one or not; anneal falls from 1 to 0. Returns metrics."""
+    data, hidden = make_sequences(trials, window, args)
+    error_std = masked_moments(data["ret"] - data["value"], data["valid"])[1]
+    ret_std = masked_moments(data["ret"], data["valid"])[1].clamp(min=1e-8)
+    follow_return_scale(agent, data["ret"], data["valid"], rate=1.0 if first else 0.1)
+    entropy_coef = torch.tensor(args.entropy_coef * anneal, device=hidden.device)  # a number would recompile
+    steps = []
+    for _ in range(args.epochs):
+        for index in torch.randperm(len(hidden), device=hidden.device).chunk(args.minibatches):
+            part = {name: x[:, index] for name, x in data.items()}
+            steps.append(update_fn(agent, optimizer, part, hidden[index], entropy_coef, args))
+    metrics = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
+    metrics["debug/explained_variance"] = 1 - (error_std / ret_std) ** 2
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # the one transfer
+
+
+# ================================ 5. Adapt ===============================
+
+
+def adapt(agent, env, tasks, num_episodes):
+    """Learn new tasks: nothing is trained, the hidden state moves. tasks: [N, task_dim], N = env.num_envs.
+
+    Returns for every episode of the trial, [N, num_episodes] each: return, length in steps, success (0 or 1).
+    """
+    trials = rollout(agent, env, tasks, num_episodes, window=num_episodes * env.horizon)
+    episode = trials["episode"].clamp(max=num_episodes).T  # [N, T]; the last bin takes the padding
+    sums = torch.zeros(3, env.num_envs, num_episodes + 1, device=episode.device)
+    for total, per_step in zip(sums, (trials["reward"], trials["valid"], trials["success"]), strict=True):
+        total.scatter_add_(1, episode, per_step.T.float())
+    returns, lengths, successes = sums[:, :, :-1]
+    return returns, lengths, (successes > 0).float()
+
+
+# ============================== 6. Evaluate ==============================
+
+EVAL_SEED = 20_161_109  # of starts, noise and actions in every evaluation of every run
+
+
+def evaluate(agent, env, num_episodes):
+    """Play a trial on each of env.num_envs frozen held-out tasks and average; training does not notice. [T7]
+
+    Actions are sampled, as in training: what is measured is the policy that was optimised.
+    """
+    with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
+        torch.manual_seed(EVAL_SEED)
+        env.reset(seed=EVAL_SEED)
+        tasks = env.sample_tasks(env.num_envs, split="test")
+        returns, lengths, success = adapt(agent, env, tasks, num_episodes)
+    return summarize(returns, lengths, success if env.has_success else None)
+
+
+def summarize(returns, lengths, success=None):
+    """Held-out results as metrics. All [N, K + 1]; episode 0 comes before any adaptation."""
+    num_tasks, num_episodes = returns.shape
+    scale = num_tasks**-0.5  # of a standard error
+    total, steps_before = returns.sum(1), lengths.cumsum(1) - lengths
+    metrics = {"eval/return_trial": total.mean(), "eval/return_trial_se": total.std(correction=0) * scale}
+    metrics["eval/adaptation_gain"] = (returns[:, -1] - returns[:, 0]).mean()
+    stride = max(1, num_episodes // 10)  # of a hundred pulls, every tenth will do
+    for episode in sorted({*range(min(2, num_episodes)), *range(0, num_episodes, stride), num_episodes - 1}):
+        metrics[f"eval/return_ep{episode}"] = returns[:, episode].mean()
+        metrics[f"eval/return_se_ep{episode}"] = returns[:, episode].std(correction=0) * scale
+        metrics[f"eval/adapt_steps_ep{episode}"] = steps_before[:, episode].mean()
+        metrics[f"eval/length_ep{episode}"] = lengths[:, episode].mean()
+        if success is not None:
+            metrics[f"eval/success_ep{episode}"] = success[:, episode].mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+# ==================== Run folder, log, checkpoint [shared] ====================
+
+SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
+MAY_CHANGE = {
+    "total_timesteps",
+    "device",
+    "compile",
+    "track",
+    "wandb_project",
+    "wandb_entity",
+    "eval_every",
+    "save_every",
+}
+
+
+def fail(message):
+    """End the program with one clear line instead of a traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+def require(condition, flag, value, expected):
+    """Stop, before any training, over a flag that is out of range."""
+    if not condition:
+        fail(f"--{flag.replace('_', '-')} {value}: expected {expected}")
+
+
+def parse_args(args_class, argv=None):
+    """Command line -> args, checkpoint. For --resume and --evaluate its flags are the defaults."""
+
+    def parse(default):
+        words = io.StringIO()  # tyro draws a box around its complaints: keep the words
+        try:
+            with contextlib.redirect_stderr(words):
+                return tyro.cli(args_class, args=argv, default=default, description=__doc__)
+        except SystemExit as stop:
+            if not stop.code:
+                raise  # --help
+            fail(" ".join(re.sub(r"[^\x20-\x7e]+", " ", words.getvalue()).split()))
+
+    args = parse(args_class())
+    if args.resume and args.evaluate:
+        fail("--resume continues training and --evaluate does not train: give one of them")
+    if not (args.resume or args.evaluate):
+        return args, None
+    checkpoint = load_checkpoint(args.resume or args.evaluate)
+    try:
+        saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
+    except TypeError as error:
+        fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py ({error})")
+    args = parse(saved)
+    for name in [field.name for field in fields(args_class) if field.name not in ("resume", "evaluate")]:
+        given, was = getattr(args, name), getattr(saved, name)
+        if given != was and (name not in MAY_CHANGE if args.resume else name == "env_id"):
+            fail(f"--{name.replace('_', '-')} {given}: {checkpoint['file']} was trained with {was}")
+    return args, checkpoint
+
+
+def check_experiment(args):
+    """Check the flags that every script has. Returns the torch device."""
+    for name in ("total_timesteps", "eval_every", "save_every"):
+        require(getattr(args, name) > 0, name, getattr(args, name), "a positive number")
+    require(0 <= args.seed < 2**32, "seed", args.seed, "a whole number from 0 to 2^32 - 1")
+    require(args.device in ("auto", "cpu", "cuda"), "device", args.device, "auto, cpu or cuda")
+    cuda = torch.cuda.is_available()
+    require(cuda or args.device != "cuda", "device", "cuda", "cpu, since PyTorch sees no GPU on this machine")
+    return torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+
+
+def make_env(env_id, num_envs, device, seed):
+    """common.make, whose complaints end the program in one line."""
+    try:
+        return common.make(env_id, num_envs=num_envs, device=device, seed=seed)
+    except (ValueError, ImportError) as error:
+        fail(f"--env-id {env_id}: {error}")
+
+
+def clock(device):
+    """Seconds, once all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of this script (the file, or its run folder); anything else ends in one line."""
+    file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"there is no checkpoint at {file}")
+    except Exception as error:  # whatever a damaged or foreign file makes the reader say
+        fail(f"{file} cannot be read as a checkpoint ({type(error).__name__})")
+    if not isinstance(checkpoint, dict) or not {"script", "args", "modules"} <= checkpoint.keys():
+        fail(f"{file} is not a checkpoint of this project")
+    if checkpoint["script"] != SCRIPT:
+        fail(f"{file} was written by {checkpoint['script']}.py, this is {SCRIPT}.py")
+    return {**checkpoint, "file": str(file)}
+
+
+def restore(checkpoint, modules):
+    """Put the saved state into modules, a dict of all that has a state_dict; and set the random states."""
+    for name, module in modules.items():
+        try:
+            module.load_state_dict(checkpoint["modules"][name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            fail(f"the {name} of {checkpoint['file']} does not fit: {' '.join(str(error).split())[:200]}")
+    torch.set_rng_state(checkpoint["rng"])
+    if checkpoint["cuda_rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+
+
+def start_run(args, checkpoint):
+    """Make (to resume: reopen) the run folder and its log. Returns folder, log, wandb, wandb_id, sent."""
+    name = f"{SCRIPT}__{args.env_id.replace(':', '.')}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(checkpoint["file"]).parent if checkpoint else Path(args.run_dir) / name
+    run = {
+        "folder": folder,
+        "sent": -1,
+        "wandb": None,
+        "wandb_id": checkpoint["wandb_id"] if checkpoint else "",
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=bool(checkpoint))
+        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        run["log"] = open(folder / "metrics.jsonl", "a+")  # noqa: SIM115 (open as long as the run)
+        if checkpoint:  # rows past the checkpoint will be made again, but W&B has them already
+            run["log"].seek(min(checkpoint["metrics_bytes"], run["log"].tell()))
+            rows = [json.loads(row) for row in run["log"].read().splitlines() if row.endswith("}")]
+            run["log"].seek(checkpoint["metrics_bytes"])
+            run["log"].truncate()
+            sent = folder / "wandb_sent"  # on disk, in case this segment is cut short as well
+            sent.write_text(
+                str(
+                    max(
+                        [
+                            int(sent.read_text()) if sent.exists() else -1,
+                            *[row["global_step"] for row in rows],
+                        ]
+                    )
+                )
+            )
+            run["sent"] = int(sent.read_text())
+    except OSError as error:
+        fail(f"--run-dir {args.run_dir}: cannot write {folder} ({error.strerror})")
+    if args.track:
+        import wandb
+
+        run["wandb_id"] = run["wandb_id"] or wandb.util.generate_id()
+        where = {"project": args.wandb_project, "entity": args.wandb_entity or None, "dir": folder}
+        who = {"name": folder.name, "id": run["wandb_id"], "resume": "allow"}
+        try:
+            run["wandb"] = wandb.init(**where, **who, config=asdict(args), save_code=True)
+        except wandb.errors.Error as error:
+            fail(f"--track: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no account)")
+        run["wandb"].define_metric("*", step_metric="global_step")
+    return run
+
+
+def log(run, global_step, metrics):
+    """A row for metrics.jsonl and W&B. A number that is not finite stops the run before it can be saved."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            last_good = run["folder"] / "checkpoint.pt"
+            fail(f"{name} is {value} at step {global_step}; {last_good} is from before it")
+    row = {"global_step": global_step, **metrics}
+    try:
+        run["log"].write(json.dumps(row) + "\n")
+        run["log"].flush()
+    except OSError as error:
+        fail(f"cannot write {run['log'].name} ({error.strerror}); go on later with --resume {run['folder']}")
+    if run["wandb"] is not None and global_step > run["sent"]:
+        run["wandb"].log(row)
+
+
+def save_checkpoint(run, args, modules, iteration, global_step):
+    """All that decides the rest of the run, as plain tensors and numbers, in a file that is always whole."""
+    checkpoint = {"script": SCRIPT, "args": asdict(args), "iteration": iteration, "global_step": global_step}
+    checkpoint["modules"] = {name: module.state_dict() for name, module in modules.items()}
+    checkpoint["rng"] = torch.get_rng_state()
+    checkpoint["cuda_rng"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    checkpoint |= {"metrics_bytes": run["log"].tell(), "wandb_id": run["wandb_id"]}
+    file = run["folder"] / "checkpoint.pt"
+    try:
+        with open(f"{file}.tmp", "wb") as handle:
+            torch.save(checkpoint, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(f"{file}.tmp", file)  # a crash leaves the old one or the new one, never half of one
+    except (OSError, RuntimeError) as error:
+        Path(f"{file}.tmp").unlink(missing_ok=True)
+        fail(f"cannot save {file} ({str(error).splitlines()[0]}); the one before it, if any, is untouched")
+
+
+def print_report(env, metrics):
+    """The held-out result as a small table, beside the references that the task distribution knows."""
+    episodes = [int(key[14:]) for key in metrics if key.startswith("eval/return_ep")]
+    columns = [c for c in ("adapt_steps", "return", "return_se", "success") if f"eval/{c}_ep0" in metrics]
+    print(f"\n{env.spec.id}: {env.num_envs} held-out tasks")
+    print("".join(f"{column:>14}" for column in ("episode", *columns)))
+    for episode in episodes:
+        cells = [f"{metrics[f'eval/{key}_ep{episode}']:14.3f}" for key in columns]
+        print(f"{episode:14d}" + "".join(cells))
+    total, error = metrics["eval/return_trial"], metrics["eval/return_trial_se"]
+    print(f"sum over the trial: {total:.3f} +- {error:.3f} (standard error)")
+    tables = {"an episode": env.references, "the trial": env.trial_references.get(episodes[-1] + 1, {})}
+    for what, players in tables.items():
+        if players:
+            print(
+                f"reference, {what}:", ", ".join(f"{player} {value:.3f}" for player, value in players.items())
+            )
+
+
+# ================================ 7. Main ================================
+
+
+def check_rl2(args):
+    """Check the flags of this script, except for what depends on the environment."""
+    positive = ("num_envs", "episodes_per_trial", "hidden_size", "epochs", "minibatches")
+    for name in (*positive, "lr", "clip", "max_grad_norm"):
+        require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
+    for name in ("entropy_coef", "value_coef", "bptt_window", "eval_tasks"):
+        require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
+    for name in ("gamma", "gae_lambda"):
+        require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "a number from 0 to 1")
+
+
+def main(argv=None):
+    args, checkpoint = parse_args(Args, argv)
+    device = check_experiment(args)
+    check_rl2(args)
+    torch.manual_seed(args.seed)
+
+    env = make_env(args.env_id, args.num_envs, device, args.seed)
+    num_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
+    require(num_tasks <= held_out, "eval_tasks", num_tasks, f"at most {held_out}, all that are held out")
+    eval_env = make_env(args.env_id, num_tasks, device, seed=0)
+    trial_steps = args.episodes_per_trial * env.horizon
+    window = args.bptt_window or trial_steps
+    require(
+        trial_steps % window == 0, "bptt_window", window, f"a divisor of {trial_steps}, the trial's steps"
+    )
+    sequences, parts = args.num_envs * (trial_steps // window), args.minibatches
+    require(
+        sequences % parts == 0, "minibatches", parts, f"a divisor of {sequences}, the sequences of a batch"
+    )
+
+    obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
+    agent = RecurrentActorCritic(obs_dim, action_space, args.hidden_size).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)
+    update_fn = torch.compile(update) if args.compile else update
+    modules = {"agent": agent, "optimizer": optimizer, "env": env}  # all that has a state
+    if args.evaluate:
+        restore(checkpoint, {"agent": agent})
+        print_report(eval_env, evaluate(agent, eval_env, args.episodes_per_trial))
+        return
+
+    iteration = global_step = 0
+    if checkpoint:
+        restore(checkpoint, modules)
+        iteration, global_step = checkpoint["iteration"], checkpoint["global_step"]
+    run = start_run(args, checkpoint)
+    if not checkpoint:  # so that a run can be resumed from its first second
+        save_checkpoint(run, args, modules, iteration, global_step)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True)
+    report = {}
+
+    while global_step < args.total_timesteps:
+        start = clock(device)
+        anneal = 1 - global_step / args.total_timesteps  # D5
+        optimizer.param_groups[0]["lr"] = args.lr * anneal
+
+        # Collect: a new task in every environment, a trial of each.
+        trials = rollout(agent, env, env.sample_tasks(args.num_envs), args.episodes_per_trial, window)
+        collected = clock(device)
+
+        # Learn from them.
+        metrics = ppo_epochs(agent, optimizer, update_fn, trials, window, iteration == 0, anneal, args)
+        learned = clock(device)
+
+        # Evaluate on held-out tasks, log, save.
+        steps = int(trials["valid"].sum())
+        iteration, global_step = iteration + 1, global_step + steps
+        last = global_step >= args.total_timesteps
+        metrics |= {"charts/iteration": iteration, "charts/SPS": steps / (learned - start)}
+        metrics |= {"time/rollout": collected - start, "time/update": learned - collected}
+        if iteration % args.eval_every == 0 or last:
+            report = evaluate(agent, eval_env, args.episodes_per_trial)
+            metrics |= {**report, "time/evaluate": clock(device) - learned}
+            bar.set_postfix(held_out=f"{report['eval/return_trial']:.2f}")
+        log(run, global_step, metrics)
+        if iteration % args.save_every == 0 or last:
+            save_checkpoint(run, args, modules, iteration, global_step)
+        bar.update(steps)
+
+    bar.close()
+    if run["wandb"] is not None:
+        run["wandb"].finish()
+    if report:  # empty when a finished run is resumed
+        print_report(eval_env, report)
+    print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
+
+
+if __name__ == "__main__":
+    main()
