@@ -421,7 +421,7 @@ def check_experiment(args):
     """Check the flags that every script has. Returns the torch device."""
     for name in ("total_timesteps", "eval_every", "save_every"):
         require(getattr(args, name) > 0, name, getattr(args, name), "a positive number")
-    require(0 <= args.seed < 2**32, "seed", args.seed, "a whole number from 0 to 2^32 - 1")
+    require(0 <= args.seed < 2**30, "seed", args.seed, "a whole number from 0 to 2^30 - 1")
     require(args.device in ("auto", "cpu", "cuda"), "device", args.device, "auto, cpu or cuda")
     cuda = torch.cuda.is_available()
     require(cuda or args.device != "cuda", "device", "cuda", "cpu, since PyTorch sees no GPU on this machine")
@@ -475,33 +475,20 @@ def start_run(args, checkpoint):
     """Make (to resume: reopen) the run folder and its log. Returns folder, log, wandb, wandb_id, sent."""
     name = f"{SCRIPT}__{args.env_id.replace(':', '.')}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(checkpoint["file"]).parent if checkpoint else Path(args.run_dir) / name
-    run = {
-        "folder": folder,
-        "sent": -1,
-        "wandb": None,
-        "wandb_id": checkpoint["wandb_id"] if checkpoint else "",
-    }
+    wandb_id = checkpoint["wandb_id"] if checkpoint else ""
+    run = {"folder": folder, "wandb": None, "wandb_id": wandb_id, "sent": -1}
     try:
         folder.mkdir(parents=True, exist_ok=bool(checkpoint))
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
         run["log"] = open(folder / "metrics.jsonl", "a+")  # noqa: SIM115 (open as long as the run)
         if checkpoint:  # rows past the checkpoint will be made again, but W&B has them already
-            run["log"].seek(min(checkpoint["metrics_bytes"], run["log"].tell()))
+            keep = run["log"].seek(min(checkpoint["metrics_bytes"], run["log"].tell()))
             rows = [json.loads(row) for row in run["log"].read().splitlines() if row.endswith("}")]
-            run["log"].seek(checkpoint["metrics_bytes"])
-            run["log"].truncate()
+            run["log"].truncate(keep)
             sent = folder / "wandb_sent"  # on disk, in case this segment is cut short as well
-            sent.write_text(
-                str(
-                    max(
-                        [
-                            int(sent.read_text()) if sent.exists() else -1,
-                            *[row["global_step"] for row in rows],
-                        ]
-                    )
-                )
-            )
-            run["sent"] = int(sent.read_text())
+            before = int(sent.read_text()) if sent.exists() else -1
+            run["sent"] = max([before] + [row["global_step"] for row in rows])
+            sent.write_text(str(run["sent"]))
     except OSError as error:
         fail(f"--run-dir {args.run_dir}: cannot write {folder} ({error.strerror})")
     if args.track:
@@ -566,10 +553,7 @@ def print_report(env, metrics):
     print(f"sum over the trial: {total:.3f} +- {error:.3f} (standard error)")
     tables = {"an episode": env.references, "the trial": env.trial_references.get(episodes[-1] + 1, {})}
     for what, players in tables.items():
-        if players:
-            print(
-                f"reference, {what}:", ", ".join(f"{player} {value:.3f}" for player, value in players.items())
-            )
+        print(*[f"reference, {what}: {player} {value:.3f}" for player, value in players.items()], sep="\n")
 
 
 # ================================ 7. Main ================================
@@ -598,13 +582,9 @@ def main(argv=None):
     eval_env = make_env(args.env_id, num_tasks, device, seed=0)
     trial_steps = args.episodes_per_trial * env.horizon
     window = args.bptt_window or trial_steps
-    require(
-        trial_steps % window == 0, "bptt_window", window, f"a divisor of {trial_steps}, the trial's steps"
-    )
+    require(trial_steps % window == 0, "bptt_window", window, f"a divisor of {trial_steps}, a trial's steps")
     sequences, parts = args.num_envs * (trial_steps // window), args.minibatches
-    require(
-        sequences % parts == 0, "minibatches", parts, f"a divisor of {sequences}, the sequences of a batch"
-    )
+    require(sequences % parts == 0, "minibatches", parts, f"a divisor of {sequences}, a batch's sequences")
 
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
     agent = RecurrentActorCritic(obs_dim, action_space, args.hidden_size).to(device)

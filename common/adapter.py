@@ -61,15 +61,8 @@ class AdaptedTasks(TaskVectorEnv):
             self.inner.close()  # no worker processes are left behind
             raise
         low, high = np.atleast_1d(np.float32(low)), np.atleast_1d(np.float32(high))
-        super().__init__(
-            num_envs,
-            obs_space,
-            action_space,
-            gym.spaces.Box(low, high, dtype=np.float32),
-            horizon,
-            device,
-            seed,
-        )
+        task_space = gym.spaces.Box(low, high, dtype=np.float32)
+        super().__init__(num_envs, obs_space, action_space, task_space, horizon, device, seed)
         self.references = references or {}
         self._set_tasks_fn, self._sample = set_tasks_fn, sample
         self._get_state, self._set_state = get_state, set_state

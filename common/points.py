@@ -27,15 +27,8 @@ class PointGoal(TaskVectorEnv):
     def __init__(self, num_envs, horizon=100, device="cpu", seed=None):
         # a point cannot leave this square; one step more than it can go, for rounding
         reach = 0.1 * (horizon + 1)
-        super().__init__(
-            num_envs,
-            box(-reach, reach, (2,)),
-            box(-0.1, 0.1, (2,)),
-            box(-0.5, 0.5, (2,)),
-            horizon,
-            device,
-            seed,
-        )
+        obs_space, action_space, goals = box(-reach, reach, (2,)), box(-0.1, 0.1, (2,)), box(-0.5, 0.5, (2,))
+        super().__init__(num_envs, obs_space, action_space, goals, horizon, device, seed)
         self._near = torch.tensor(0.01, device=self.device)
         if horizon == 100:
             self.references = REFERENCES["PointGoal-v0"]
@@ -61,9 +54,8 @@ class PointRobot(TaskVectorEnv):
 
     def __init__(self, num_envs, horizon=20, device="cpu", seed=None):
         reach = 1 + 0.1 * (horizon + 1)
-        super().__init__(
-            num_envs, box(-reach, reach, (2,)), box(-1, 1, (2,)), box(-1, 1, (2,)), horizon, device, seed
-        )
+        obs_space, square = box(-reach, reach, (2,)), box(-1, 1, (2,))
+        super().__init__(num_envs, obs_space, square, square, horizon, device, seed)
         if horizon == 20:
             self.references = REFERENCES["PointRobot-v0"]
 
@@ -88,10 +80,7 @@ class SparsePointGoal(PointRobot):
 
     def __init__(self, num_envs, horizon=20, device="cpu", seed=None):
         super().__init__(num_envs, horizon, device, seed)
-        self._edge, self._nothing = (
-            torch.tensor(-0.2, device=self.device),
-            torch.tensor(0.0, device=self.device),
-        )
+        self._edge, self._nothing = torch.tensor([-0.2, 0.0], device=self.device)
         self.references = REFERENCES["SparsePointGoal-v0"] if horizon == 20 else {}
 
     def _draw_tasks(self, n, generator, test=0):
@@ -113,4 +102,10 @@ class SparsePointGoal(PointRobot):
         return state, reward, None, {"dense_reward": dense_reward, "success": near}
 
 
-REFERENCES = {"PointGoal-v0": {}, "PointRobot-v0": {}, "SparsePointGoal-v0": {}}
+# python -m benchmark.baselines points: 1,000 held-out goals, 10 starts each, one episode.
+# "optimal" is told the goal; "stay" and "middle" (go to the origin) know only the distribution.
+REFERENCES = {
+    "PointGoal-v0": {"random": -61.36, "stay": -37.81, "optimal": -0.488},
+    "PointRobot-v0": {"random": -21.31, "stay": -20.77, "middle": -15.71, "optimal": -5.132},
+    "SparsePointGoal-v0": {"random": 0.001, "optimal": 13.393},
+}

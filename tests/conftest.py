@@ -58,7 +58,10 @@ class CueTask(TaskVectorEnv):
     """Only a memory of earlier episodes scores here. One of two arms is good for the whole trial: it pays +1, the other -1.
 
     An episode has two steps. The first one pays; the second pays nothing, whatever is done, so that by the time the next episode begins
-    the last action and the last reward tell nothing any more. Blind play earns 0 on average, the best play 1 in every episode but the first.
+    the last reward tells nothing any more. Blind play earns 0 on average, the best play 1 in every episode but the first.
+
+    The second action can still be a note to oneself, read in the next episode as the last action, and agents without any other memory do
+    find that trick. One that is to have no memory must lose the last action, too.
     """
 
     num_test_tasks = 1000

@@ -221,14 +221,20 @@ def test_an_agent_with_memory_solves_what_only_memory_can_solve(tmp_path):
     assert abs(held_out["eval/return_ep0"]) < 0.15 and held_out["eval/return_ep3"] > 0.95
 
 
-def test_an_agent_whose_memory_is_cleared_at_every_episode_stays_at_chance(tmp_path):  # T1, felt in the score
-    held_out = train_on_cue_task(mutant("rl2_ppo", *CLEAR_AT_EPISODE_END), tmp_path, "--bptt-window", "2")
+FORGET = """keep = {keep}
+        episode, hidden, last_reward = episode + done, hidden * keep[None, :, None], last_reward * keep
+        last_action = last_action * keep[:, None]"""
+
+
+def test_an_agent_that_forgets_at_every_episode_stays_at_chance(tmp_path):  # T1, felt in the score
+    forgetful = mutant("rl2_ppo", "episode = episode + done", FORGET.format(keep="1 - done.float()"))
+    held_out = train_on_cue_task(forgetful, tmp_path, "--bptt-window", "2")
     assert abs(held_out["eval/return_trial"]) < 0.5
 
 
-def test_an_agent_whose_memory_is_cleared_at_every_step_stays_at_chance(tmp_path):
-    memoryless = mutant("rl2_ppo", "episode = episode + done", "episode, hidden = episode + done, hidden * 0")
-    held_out = train_on_cue_task(memoryless, tmp_path, "--bptt-window", "1")
+def test_an_agent_that_forgets_at_every_step_stays_at_chance(tmp_path):
+    forgetful = mutant("rl2_ppo", "episode = episode + done", FORGET.format(keep="torch.zeros_like(reward)"))
+    held_out = train_on_cue_task(forgetful, tmp_path, "--bptt-window", "1")
     assert abs(held_out["eval/return_trial"]) < 0.5
 
 
@@ -627,8 +633,8 @@ def test_the_summary_is_means_and_standard_errors_over_tasks():
     summary = rl2.summarize(returns, lengths, torch.tensor([[0.0, 1.0]] * 3))
     assert summary["eval/return_ep0"] == 3 and summary["eval/return_ep1"] == 4
     assert summary["eval/adaptation_gain"] == 1 and summary["eval/return_trial"] == 7
-    assert summary["eval/return_se_ep0"] == pytest.approx(2 / math.sqrt(3))
-    assert summary["eval/return_trial_se"] == pytest.approx(math.sqrt(12) / math.sqrt(3))  # of the sums 3, 9, 9
+    assert summary["eval/return_se_ep0"] == pytest.approx(math.sqrt(8 / 3) / math.sqrt(3))
+    assert summary["eval/return_trial_se"] == pytest.approx(math.sqrt(8) / math.sqrt(3))  # of the sums 3, 9, 9
     assert summary["eval/adapt_steps_ep0"] == 0 and summary["eval/adapt_steps_ep1"] == 3
     assert summary["eval/success_ep0"] == 0 and summary["eval/success_ep1"] == 1
     alone = rl2.summarize(returns[:1], lengths[:1])

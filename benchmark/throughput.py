@@ -1,0 +1,149 @@
+"""How fast the scripts are, where their time goes, and how far that is from the raw limit, all measured in one run.
+
+    python -m benchmark.throughput [envs] [rl2] [--device cpu|cuda] [--threads N]
+
+Every figure is a median over repetitions after a burn-in. Peers' figures were measured by us on another 2-core
+machine, so a ratio to them says an order of magnitude; ratios inside a run are exact to a few per cent.
+"""
+
+import argparse
+import dataclasses
+import platform
+import statistics
+import time
+
+import torch
+
+import common
+import rl2_ppo
+
+VARIBAD_GRIDNAVI_SPS = 763  # env steps/s of varibad's RL^2 on GridNavi, end to end, two cores without a GPU
+RECIPE_US = {
+    "Bandit5-v0": 14,
+    "TabularMDP-v0": 80,
+    "PointGoal-v0": 24,
+}  # us a vector step of bare torch code, 1,024 envs
+
+
+def median_seconds(function, device, repeats, burn_in=2):
+    """Median seconds of one call, all device work included."""
+    for _ in range(burn_in):
+        function()
+    times = []
+    for _ in range(repeats):
+        start = rl2_ppo.clock(device)
+        function()
+        times.append(rl2_ppo.clock(device) - start)
+    return statistics.median(times)
+
+
+def env_steps(device, counts=(64, 1024, 16384)):
+    """Microseconds a vector step for every task distribution, with random actions drawn beforehand."""
+    print(f"\nmicroseconds a vector step on {device}")
+    print(
+        f"{'environments':>22}"
+        + "".join(f"{count:>10}" for count in counts)
+        + "   at 1,024 against bare torch code"
+    )
+    for env_id in common.ids():
+        cells = []
+        for count in counts:
+            env = common.make(env_id, count, device=device, seed=1)
+            env.set_tasks(env.sample_tasks(count))
+            env.reset(seed=1)
+            action = torch.as_tensor(env.action_space.sample(), device=device)
+
+            def hundred_steps(env=env, action=action):
+                for _ in range(100):
+                    env.step(action)
+
+            cells.append(median_seconds(hundred_steps, torch.device(device), 5) * 1e4)
+        ratio = f"   {cells[counts.index(1024)] / RECIPE_US[env_id]:.1f} x" if env_id in RECIPE_US else ""
+        print(f"{env_id:>22}" + "".join(f"{cell:10.0f}" for cell in cells) + ratio)
+
+
+def gru_seconds(args, inputs, steps, device, repeats):
+    """The raw limit of an iteration: its GRU passes alone, forwards and backwards, without loss, optimiser or environment."""
+    gru = torch.nn.GRU(inputs, args.hidden_size).to(device)
+    size = args.num_envs // args.minibatches
+    x = torch.randn(steps, size, inputs, device=device)
+
+    def train_pass():
+        gru.zero_grad()
+        gru(x)[0].sum().backward()
+
+    @torch.no_grad()
+    def acting():
+        hidden = torch.zeros(1, args.num_envs, args.hidden_size, device=device)
+        row = torch.randn(1, args.num_envs, inputs, device=device)
+        for _ in range(steps):
+            _, hidden = gru(row, hidden)
+
+    learning = median_seconds(train_pass, device, repeats) * args.epochs * args.minibatches
+    return learning + median_seconds(acting, device, repeats)
+
+
+def rl2(device, env_id, repeats=7, compiled=False, **flags):
+    """Seconds of an iteration of rl2_ppo.py by stage, its env steps/s, and the share of it that the GRU alone would take."""
+    device = torch.device(device)
+    args = dataclasses.replace(rl2_ppo.Args(), env_id=env_id, **flags)
+    torch.manual_seed(0)
+    env = common.make(env_id, args.num_envs, device=device, seed=0)
+    obs_dim, steps = env.single_observation_space.shape[0], args.episodes_per_trial * env.horizon
+    agent = rl2_ppo.RecurrentActorCritic(obs_dim, env.single_action_space, args.hidden_size).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)
+    update_fn = torch.compile(rl2_ppo.update) if compiled else rl2_ppo.update
+    stages = {"rollout": [], "update": []}
+    for _ in range(repeats + 2):
+        start = rl2_ppo.clock(device)
+        trials = rl2_ppo.rollout(agent, env, env.sample_tasks(args.num_envs), args.episodes_per_trial, steps)
+        collected = rl2_ppo.clock(device)
+        rl2_ppo.ppo_epochs(agent, optimizer, update_fn, trials, steps, False, 1.0, args)
+        stages["rollout"].append(collected - start)
+        stages["update"].append(rl2_ppo.clock(device) - collected)
+    seconds = {stage: statistics.median(times[2:]) for stage, times in stages.items()}
+    eval_env = common.make(env_id, min(1000, env.num_test_tasks), device=device, seed=0)
+    seconds["evaluate"] = median_seconds(
+        lambda: rl2_ppo.evaluate(agent, eval_env, args.episodes_per_trial), device, 3
+    )
+    total = seconds["rollout"] + seconds["update"]
+    sps = args.num_envs * steps / total
+    raw = gru_seconds(args, obs_dim + agent.action_dim + 2, steps, device, 3)
+    print(f"\nrl2_ppo.py, {env_id}, {args.num_envs} trials of {steps} steps, GRU {args.hidden_size}, {args.epochs} epochs"
+          f" x {args.minibatches} minibatches, {device}{', compiled' if compiled else ''}")  # fmt: skip
+    print("  seconds: " + ", ".join(f"{stage} {value:.3f}" for stage, value in seconds.items()))
+    print(
+        f"  {sps:,.0f} env steps/s end to end; the GRU passes alone would take {raw / total:.0%} of that time"
+    )
+    return sps
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", default=[], help="envs, rl2; nothing: all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's own choice")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(
+        f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.machine()}, {options.device}: {name}"
+    )
+    what = set(options.what) or {"envs", "rl2"}
+    if "envs" in what:
+        env_steps(options.device)
+    if "rl2" in what:
+        sps = rl2(options.device, "GridNavi-v0", **GRIDNAVI)
+        print(f"  {sps / VARIBAD_GRIDNAVI_SPS:.0f} times varibad's {VARIBAD_GRIDNAVI_SPS} env steps/s")
+        rl2(options.device, "Bandit5-v0")
+        if options.device == "cuda":
+            for count in (1024, 8192, 65536):
+                for compiled in (False, True):
+                    rl2("cuda", "GridNavi-v0", compiled=compiled, **{**GRIDNAVI, "num_envs": count})
+
+
+GRIDNAVI = {"episodes_per_trial": 4, "num_envs": 1024, "epochs": 2, "minibatches": 4}  # the README's run
+
+if __name__ == "__main__":
+    main()
