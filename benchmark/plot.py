@@ -4,8 +4,8 @@
 
 Runs of one script on one task distribution are the seeds of one curve. Left: held-out return against
 environment steps. Right: held-out return by episode on a new task, at the end. Bands are 95 %
-intervals, mean +- 1.96 standard errors: over seeds where there are several, over held-out tasks where there is
-one; the legend says which.
+intervals, mean +- 1.96 standard errors: over seeds where there are several, over held-out tasks where there
+is one; the legend says which.
 """
 
 import argparse

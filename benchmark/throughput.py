@@ -1,9 +1,9 @@
-"""How fast the scripts are, where their time goes, and how far that is from the raw limit, all measured in one run.
+"""How fast the scripts are, where the time goes, and how far that is from the raw limit, measured in one run.
 
     python -m benchmark.throughput [envs] [rl2] [--device cpu|cuda] [--threads N]
 
-Every figure is a median over repetitions after a burn-in. Peers' figures were measured by us on another 2-core
-machine, so a ratio to them says an order of magnitude; ratios inside a run are exact to a few per cent.
+Every figure is a median over repetitions after a burn-in. Peers' figures were measured by us on another
+machine of two cores, so a ratio to them says an order of magnitude; ratios inside a run are good to a few %.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def env_steps(device, counts=(64, 1024, 16384)):
 
 
 def gru_seconds(args, inputs, steps, device, repeats):
-    """The raw limit of an iteration: its GRU passes alone, forwards and backwards, without loss, optimiser or environment."""
+    """The raw limit of an iteration: its GRU passes alone, forwards and backwards, and nothing else."""
     gru = torch.nn.GRU(inputs, args.hidden_size).to(device)
     size = args.num_envs // args.minibatches
     x = torch.randn(steps, size, inputs, device=device)
@@ -84,7 +84,7 @@ def gru_seconds(args, inputs, steps, device, repeats):
 
 
 def rl2(device, env_id, repeats=7, compiled=False, **flags):
-    """Seconds of an iteration of rl2_ppo.py by stage, its env steps/s, and the share of it that the GRU alone would take."""
+    """Seconds of an iteration of rl2_ppo.py by stage, and its env steps/s, which it returns."""
     device = torch.device(device)
     args = dataclasses.replace(rl2_ppo.Args(), env_id=env_id, **flags)
     torch.manual_seed(0)
@@ -109,27 +109,24 @@ def rl2(device, env_id, repeats=7, compiled=False, **flags):
     total = seconds["rollout"] + seconds["update"]
     sps = args.num_envs * steps / total
     raw = gru_seconds(args, obs_dim + agent.action_dim + 2, steps, device, 3)
-    print(f"\nrl2_ppo.py, {env_id}, {args.num_envs} trials of {steps} steps, GRU {args.hidden_size}, {args.epochs} epochs"
-          f" x {args.minibatches} minibatches, {device}{', compiled' if compiled else ''}")  # fmt: skip
+    shape = f"{args.num_envs} trials of {steps} steps, {args.epochs} epochs x {args.minibatches} minibatches"
+    where = f"{device}, compiled" if compiled else f"{device}"
+    print(f"\nrl2_ppo.py on {env_id}: {shape}, GRU {args.hidden_size}, {where}")
     print("  seconds: " + ", ".join(f"{stage} {value:.3f}" for stage, value in seconds.items()))
-    print(
-        f"  {sps:,.0f} env steps/s end to end; the GRU passes alone would take {raw / total:.0%} of that time"
-    )
+    print(f"  {sps:,.0f} env steps/s; the GRU passes alone would take {raw / total:.0%} of that time")
     return sps
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", default=[], help="envs, rl2; nothing: all")
+    parser.add_argument("what", nargs="*", help="envs, rl2; nothing: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's own choice")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(
-        f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.machine()}, {options.device}: {name}"
-    )
+    print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.machine()}, {name}")
     what = set(options.what) or {"envs", "rl2"}
     if "envs" in what:
         env_steps(options.device)

@@ -183,9 +183,9 @@ class Maze(TaskVectorEnv):
         return state, torch.where(found, self._on_target, self._elsewhere), found, {"success": found.clone()}
 
 
-# python -m benchmark.baselines gridnavi: exact. The Bayes-optimal player earns 4.0 in its first episode and from
-# the second on as much as one who was told the goal ("optimal").
+# python -m benchmark.baselines gridnavi: exact. The Bayes-optimal player earns 4.0 in its first episode;
+# from the second on it earns as much as one who was told the goal ("optimal").
 GRIDNAVI_REFERENCES = {"random": -1.165, "bayes_optimal_ep0": 4.0, "optimal": 11.071}
-# python -m benchmark.baselines maze: 1,000 held-out mazes, standard errors .02, .007, .002. "explore" remembers
-# all it saw and goes to the nearest room not yet visited (32 steps on average); "optimal" knows the maze (12).
+# python -m benchmark.baselines maze: 1,000 held-out mazes, standard errors .02, .007, .002. "explore" recalls
+# all it saw and goes to the nearest room not yet visited (32 steps on average); "optimal" is told all (12).
 MAZE_REFERENCES = {"random": -0.744, "explore": 0.685, "optimal": 0.893}

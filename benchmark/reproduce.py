@@ -1,0 +1,111 @@
+"""Every number of the README's tables is an entry here: a command line, its seeds, its minutes, its reference.
+
+    python -m benchmark.reproduce                       list the entries
+    python -m benchmark.reproduce NAME... [--jobs 2]    run them, or go on with them; write results/NAME.csv
+
+Runs lie in RUN_DIR/NAME/. With several jobs each run gets one thread, which on small networks is the better use
+of two cores.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+
+BANDIT10 = "--env-id Bandit10-v0 --total-timesteps 16000000"
+N100 = (
+    "--episodes-per-trial 100 --num-envs 512 --epochs 3 --lr 0.005 --gae-lambda 0.95 --entropy-coef 0.01"
+    " --total-timesteps 80000000 --eval-every 50 --save-every 50"
+)
+
+# name: (script, flags, seeds, minutes a run on one core, reference)
+ENTRIES = {
+    "rl2_bandit5_n10": ("rl2_ppo.py", "", (1, 2, 3), 3, "Bayes-optimal 6.660, paper 6.7"),
+    "rl2_bandit10_n10": ("rl2_ppo.py", BANDIT10, (1, 2, 3), 6, "Bayes-optimal 6.714, paper 6.7"),
+    "rl2_bandit5_n100": ("rl2_ppo.py", N100, (1,), 35, "Gittins 78.3, paper 78.7"),
+}
+
+
+def run_seed(name, seed, run_dir, threads):
+    """Train one seed of an entry, or go on with it, or find it finished. Returns its run folder."""
+    script, flags, _, _, _ = ENTRIES[name]
+    parent = run_dir / name
+    found = sorted(parent.glob(f"*__{seed}__*/checkpoint.pt"))
+    command = [sys.executable, str(ROOT / script)]
+    fresh = [*flags.split(), "--seed", str(seed), "--run-dir", str(parent)]
+    command += ["--resume", str(found[-1].parent)] if found else fresh
+    parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
+    with open(parent / f"seed{seed}.log", "a") as log:
+        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment).returncode
+    if code:
+        sys.exit(f"error: {' '.join(command)} ended with {code}, see {log.name}")
+    return sorted(parent.glob(f"*__{seed}__*/checkpoint.pt"))[-1].parent
+
+
+def summarize(name, folders):
+    """Write results/NAME.csv: one row a seed, its last evaluation and all that is needed to doubt it."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    rows = []
+    for folder in folders:
+        args = json.loads((folder / "args.json").read_text())
+        log = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+        last = [row for row in log if "eval/return_ep0" in row][-1]
+        seconds = sum(row["time/rollout"] + row["time/update"] + row.get("time/evaluate", 0) for row in log)
+        row = {"name": name, "command": f"{ENTRIES[name][0]} {ENTRIES[name][1]}", "seed": args["seed"]}
+        row |= {"global_step": last["global_step"], "minutes": round(seconds / 60, 2)}
+        row |= {key: round(value, 5) for key, value in last.items() if key.startswith("eval/")}
+        row |= {
+            "commit": commit.stdout.strip(),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": platform.machine(),
+        }
+        row |= {package: version(package) for package in ("torch", "gymnasium", "numpy")}
+        rows.append(row)
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        print(
+            f"{name} seed {row['seed']}: {row['eval/return_trial']:.3f} +- {row['eval/return_trial_se']:.3f}"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="entries to run; none: list them")
+    parser.add_argument("--run-dir", default="runs", help="where run folders lie")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, a thread each")
+    options = parser.parse_args()
+    unknown = set(options.names) - set(ENTRIES)
+    if unknown:
+        sys.exit(f"error: no entry named {', '.join(sorted(unknown))}; there are {', '.join(ENTRIES)}")
+    if not options.names:
+        for name, (script, flags, seeds, minutes, reference) in ENTRIES.items():
+            print(f"{name}: {script} {flags}\n    seeds {seeds}, about {minutes} minutes each; {reference}")
+        return
+    threads = 1 if options.jobs > 1 else 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        run_dir = Path(options.run_dir).absolute()
+        runs = {
+            n: [pool.submit(run_seed, n, seed, run_dir, threads) for seed in ENTRIES[n][2]]
+            for n in options.names
+        }
+        for name, jobs in runs.items():
+            summarize(name, [job.result() for job in jobs])
+
+
+if __name__ == "__main__":
+    main()

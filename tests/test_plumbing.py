@@ -1,0 +1,661 @@
+"""What a run leaves behind: the same numbers again, exact resume after any kind of death, W&B, and one clear line for every bad input.
+
+Every run here is tiny. Where a run must die, it is a process of its own, forked by a server that has imported the script already.
+"""
+
+import dataclasses
+import errno
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, script
+
+rl2 = script("rl2_ppo")
+TINY = "--num-envs 16 --hidden-size 8 --epochs 1 --minibatches 2 --episodes-per-trial 3".split()
+TINY += "--eval-tasks 20 --eval-every 2 --save-every 2 --device cpu".split()
+STEPS = 48  # of an iteration: 16 environments, 3 pulls
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])  # for the server
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["rl2_ppo", "conftest", "test_plumbing"])
+
+
+def train(folder, iterations=6, *flags):
+    """A run in this process. Returns its folder."""
+    rl2.main([*TINY, "--total-timesteps", str(STEPS * iterations), "--run-dir", str(folder), *flags])
+    return only_run(folder)
+
+
+def only_run(folder):
+    (run,) = Path(folder).glob("rl2_ppo__*")
+    return run
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(rows):
+    return [{key: value for key, value in row.items() if not key.startswith("time/") and key != "charts/SPS"} for row in rows]
+
+
+def checkpoint_of(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(a, b, path="checkpoint"):
+    """Bit for bit, whatever it is made of."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}[{key!r}]")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}[{index}]")
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
+
+
+def assert_same_run(run, reference):
+    """The same rows once each, and the same last checkpoint, but for what the clock or the name of the folder says."""
+    assert without_time(rows_of(run)) == without_time(rows_of(reference))
+    found, expected = checkpoint_of(run), checkpoint_of(reference)
+    assert found.keys() == expected.keys()
+    for key in found.keys() - {"args", "metrics_bytes", "wandb_id"}:
+        assert_same(found[key], expected[key], key)
+
+
+def one_line(call, *arguments):
+    """The one line with which a call ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    message = stop.value.code
+    assert isinstance(message, str), "the program must end with a message, which Python prints, and exit code 1"
+    assert message.startswith("error: ") and "\n" not in message and 10 < len(message) < 600
+    return message
+
+
+# ---- runs in processes of their own
+
+
+def run_main(argv, errors=None, environ=None, kill=None, max_file=None):
+    """What the child does. kill: (module, function, call, moment): SIGKILL itself at that call of that function, before or after it."""
+    with open(errors or os.devnull, "w") as handle:
+        os.dup2(handle.fileno(), 2)
+        os.dup2(handle.fileno(), 1)
+    sys.stderr, sys.stdout = open(2, "w", closefd=False), open(os.devnull, "w")
+    os.environ.update(environ or {})
+    torch.set_num_threads(1)
+    if max_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file, max_file))
+    if kill:
+        module, function, call, moment = kill
+        owner = {"os": os, "torch": torch, "rl2": rl2}[module]
+        shipped, calls = getattr(owner, function), []
+
+        def deadly(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call and moment == "half":  # half a file, as far as the disk is concerned
+                args[1].write(b"PK half a checkpoint")
+                args[1].flush()
+            result = shipped(*args, **kwargs) if len(calls) < call or moment == "after" else None
+            if len(calls) == call:
+                time.sleep(1.0 if environ else 0.0)  # W&B writes what it was sent
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, function, deadly)
+    rl2.main(argv)
+
+
+def start(*args, **kwargs):
+    process = CONTEXT.Process(target=run_main, args=args, kwargs=kwargs)
+    process.start()
+    return process
+
+
+def finish(*args, **kwargs):
+    process = start(*args, **kwargs)
+    process.join(120)
+    return process.exitcode
+
+
+# ---- the same again
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
+    first, again, other = (train(tmp_path / name, 4, "--seed", seed) for name, seed in (("a", "3"), ("b", "3"), ("c", "4")))
+    assert_same_run(again, first)
+    assert without_time(rows_of(other)) != without_time(rows_of(first))
+
+
+def test_a_run_writes_a_row_an_iteration_with_the_keys_that_every_script_has(tmp_path):
+    run = train(tmp_path, 5)
+    rows = rows_of(run)
+    assert [row["global_step"] for row in rows] == [STEPS * (i + 1) for i in range(5)]
+    assert [row["charts/iteration"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [i + 1 for i, row in enumerate(rows) if "eval/return_ep0" in row] == [2, 4, 5]  # every second, and the last
+    expected = {"eval/return_ep0", "eval/return_ep2", "eval/adaptation_gain", "eval/return_trial", "eval/adapt_steps_ep2", "charts/SPS"}
+    assert expected | {"debug/kl", "debug/grad_norm", "debug/entropy", "debug/explained_variance", "debug/clipfrac"} <= rows[-1].keys()
+    assert {key.split("/")[0] for key in rows[-1]} == {"global_step", "eval", "charts", "losses", "debug", "time"}
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert json.loads((run / "args.json").read_text())["hidden_size"] == 8
+    assert re.fullmatch(r"rl2_ppo__Bandit5-v0__1__\d{8}-\d{6}", run.name)
+    assert sorted(file.name for file in run.iterdir()) == ["args.json", "checkpoint.pt", "metrics.jsonl"]
+
+
+# ---- exact resume
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """24 iterations that nothing disturbs."""
+    return train(tmp_path_factory.mktemp("uninterrupted"), 24)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 12])
+def test_2n_iterations_equal_n_and_a_cut_and_the_rest(tmp_path, uninterrupted, monkeypatch, cut):
+    def stop_there(run, global_step, metrics, shipped=rl2.log):
+        shipped(run, global_step, metrics)
+        if global_step == STEPS * cut:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rl2, "log", stop_there)
+        train(tmp_path, 24)
+    run = only_run(tmp_path)
+    assert len(rows_of(run)) == cut
+    rl2.main(["--resume", str(run)])
+    assert_same_run(run, uninterrupted)
+    rl2.main(["--resume", str(run / "checkpoint.pt")])  # there is nothing left to do, and nothing is done
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("env_id", ["Maze-v0", "PointRobot-v0"])
+def test_resuming_is_exact_where_episodes_end_early_and_where_actions_are_continuous(tmp_path, monkeypatch, env_id):
+    flags = ["--env-id", env_id, "--episodes-per-trial", "2", "--save-every", "1"]
+    reference = train(tmp_path / "reference", 40, *flags)
+
+    def stop_there(run, *args, shipped=rl2.log):
+        shipped(run, *args)
+        if args[1]["charts/iteration"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rl2, "log", stop_there)
+        train(tmp_path / "cut", 40, *flags)
+    run = only_run(tmp_path / "cut")
+    rl2.main(["--resume", str(run)])
+    assert len(rows_of(run)) > 2
+    assert_same_run(run, reference)
+
+
+def test_killed_again_and_again_at_random_moments_and_resumed_it_is_the_same_run(tmp_path, uninterrupted):
+    """Every second kill waits for a checkpoint that is being written. Whenever it dies, the checkpoint on disk is a whole one."""
+    dice = random.Random(int.from_bytes(os.urandom(4), "little"))
+    argv = [*TINY, "--total-timesteps", str(24 * STEPS), "--run-dir", str(tmp_path)]
+    deaths = 0
+    for attempt in range(40):
+        process = start(argv)
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*/metrics.jsonl")) and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        unfinished = only_run(tmp_path) / "checkpoint.pt.tmp"
+        if attempt % 2:
+            while not unfinished.exists() and process.is_alive() and time.monotonic() < deadline:
+                pass
+        else:
+            time.sleep(dice.uniform(0.0, 0.4))
+        process.kill()
+        process.join()
+        run = only_run(tmp_path)
+        deaths += process.exitcode == -signal.SIGKILL
+        if (run / "checkpoint.pt").exists():
+            step = checkpoint_of(run)["global_step"]
+            argv = ["--resume", str(run)]
+            if step == 24 * STEPS:
+                break
+        else:  # killed before its first checkpoint: there is nothing to resume, and it says so
+            assert "there is no checkpoint" in one_line(rl2.main, ["--resume", str(run)])
+            for file in run.iterdir():
+                file.unlink()
+            run.rmdir()
+    rl2.main(argv)
+    assert deaths >= 3
+    assert_same_run(only_run(tmp_path), uninterrupted)
+
+
+MOMENTS = [
+    ("torch", "save", 4, "half"),
+    ("os", "fsync", 4, "before"),
+    ("os", "replace", 4, "before"),
+    ("os", "replace", 4, "after"),
+    ("rl2", "log", 7, "after"),
+]
+
+
+@pytest.mark.parametrize("kill", MOMENTS, ids=lambda kill: "-".join(map(str, kill)))
+def test_a_kill_in_the_middle_of_saving_leaves_a_whole_checkpoint_and_an_exact_resume(tmp_path, uninterrupted, kill):
+    argv = [*TINY, "--total-timesteps", str(24 * STEPS), "--run-dir", str(tmp_path)]
+    assert finish(argv, kill=kill) == -signal.SIGKILL
+    run = only_run(tmp_path)
+    expected = 3 if kill[3] == "after" else 2  # the first save is that of the beginning
+    assert checkpoint_of(run)["global_step"] == STEPS * 2 * expected
+    rl2.main(["--resume", str(run)])
+    assert_same_run(run, uninterrupted)
+
+
+def test_resume_makes_do_with_the_checkpoint_alone(tmp_path, uninterrupted):
+    """metrics.jsonl may have stayed on another machine; what is written from here on must still be readable."""
+    rl2.main([*TINY, "--total-timesteps", str(2 * STEPS), "--run-dir", str(tmp_path)])
+    run = only_run(tmp_path)
+    (run / "metrics.jsonl").unlink()
+    rl2.main(["--resume", str(run), "--total-timesteps", str(4 * STEPS)])
+    assert [row["global_step"] for row in rows_of(run)] == [3 * STEPS, 4 * STEPS]
+
+
+def test_a_finished_run_can_be_given_more_steps(tmp_path):
+    run = train(tmp_path, 2)
+    rl2.main(["--resume", str(run), "--total-timesteps", str(5 * STEPS)])
+    assert [row["global_step"] for row in rows_of(run)] == [STEPS * (i + 1) for i in range(5)]
+
+
+# ---- Weights & Biases
+
+
+def wandb_records(file):
+    """The records of a .wandb file: a LevelDB log (blocks of 32 KiB, records cut into pieces) of protocol buffers. W&B ships no reader."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, pieces = file.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while place + 7 <= len(data):
+        room = 32768 - place % 32768
+        if room < 7:
+            place += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        piece = data[place + 7 : place + 7 + length]
+        if kind == 0 or len(piece) < length:
+            break  # a killed run's last record may be torn
+        place += 7 + length
+        pieces = piece if kind in (1, 2) else pieces + piece
+        if kind in (1, 4):  # whole, or the last piece
+            yield Record.FromString(pieces)
+
+
+def read_back(run):
+    """All offline segments of a run, in order: history rows without W&B's own columns, config, step metrics, ids."""
+    rows, config, axes, ids = [], {}, set(), set()
+    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        for record in wandb_records(file):
+            kind = record.WhichOneof("record_type")
+            if kind == "history":
+                items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                rows.append({key: value for key, value in items.items() if not key.startswith("_")})
+            elif kind == "run":
+                ids.add(record.run.run_id)
+                config.update({item.key: json.loads(item.value_json) for item in record.run.config.update})
+            elif kind == "metric":
+                axes.add((record.metric.glob_name or record.metric.name, record.metric.step_metric))
+    return rows, config, axes, ids
+
+
+def test_wandb_gets_every_row_once_even_if_the_run_dies_and_is_resumed(tmp_path):
+    pytest.importorskip("wandb")
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}
+    argv = [*TINY, "--track", "--save-every", "4", "--total-timesteps", str(9 * STEPS), "--run-dir", str(tmp_path)]
+    errors = tmp_path / "errors"
+    assert finish(argv, errors, offline, kill=("rl2", "log", 7, "after")) == -signal.SIGKILL, errors.read_text()
+    run = only_run(tmp_path)
+    assert checkpoint_of(run)["global_step"] == 4 * STEPS and len(rows_of(run)) == 7
+    assert len(read_back(run)[0]) == 7
+    time.sleep(1.1)  # segments are named by the second
+    assert finish(["--resume", str(run)], errors, offline) == 0, errors.read_text()
+    rows, config, axes, ids = read_back(run)
+    assert without_time(rows) == without_time(rows_of(run))
+    assert [row["global_step"] for row in rows] == [STEPS * (i + 1) for i in range(9)]
+    assert ("*", "global_step") in axes
+    assert ids == {checkpoint_of(run)["wandb_id"]}
+    assert {name: config[name] for name in ("lr", "num_envs", "env_id", "seed")} == {
+        "lr": 0.01,
+        "num_envs": 16,
+        "env_id": "Bandit5-v0",
+        "seed": 1,
+    }
+    assert {field.name for field in dataclasses.fields(rl2.Args)} <= config.keys()
+    assert list(run.glob("wandb/*/files/code/**/*.py"))  # save_code
+
+
+def test_wandb_is_not_touched_unless_asked(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now fails
+    train(tmp_path, 2)
+
+
+# ---- the command line
+
+
+def comments_of_args():
+    """Field -> its trailing comment in the source."""
+    lines = inspect.getsource(rl2.Args).splitlines()
+    found = [re.match(r"\s+(\w+): \w+ = .*?  # (.+)", line) for line in lines]
+    return {match[1]: match[2] for match in found if match}
+
+
+def test_help_explains_every_flag(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        rl2.main(["--help"])
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    squeezed = re.sub(r"[^!-~]", "", re.sub(r"\x1b\[[0-9;]*m", "", text))  # without colours, boxes and line breaks
+    comments = comments_of_args()
+    for field in dataclasses.fields(rl2.Args):
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert len(comments[field.name]) > 5
+        assert re.sub(r"[^!-~]", "", comments[field.name]) in squeezed, f"--help does not explain {field.name}"
+    assert "RL^2" in text
+
+
+def test_every_default_has_its_declared_type():
+    for field in dataclasses.fields(rl2.Args):
+        declared = field.type if isinstance(field.type, type) else {"int": int, "float": float, "str": str, "bool": bool}[field.type]
+        assert type(field.default) is declared, field.name
+
+
+def test_evaluate_prints_the_table_and_leaves_everything_as_it_was(tmp_path, capsys):
+    run = train(tmp_path, 4)
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in run.iterdir()}
+    capsys.readouterr()
+    rl2.main(["--evaluate", str(run), "--run-dir", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in run.iterdir()} == before
+    assert only_run(tmp_path) == run  # no other folder
+    last = rows_of(run)[-1]
+    assert f"{last['eval/return_trial']:.3f}" in printed  # the same frozen tasks and seeds as in training
+    for episode in range(3):
+        assert re.search(rf"^\s*{episode} .*{last[f'eval/return_ep{episode}']:.3f}", printed, re.MULTILINE)
+    assert "Bandit5-v0: 20 held-out tasks" in printed
+
+
+def test_the_last_words_of_a_run_say_where_it_is_and_how_to_plot_it(tmp_path, capsys):
+    run = train(tmp_path, 2)
+    printed = capsys.readouterr().out
+    assert str(run) in printed and "benchmark.plot" in printed and "random 0.5" in printed
+
+
+# ---- bad input: one line that names the flag and the value, before any training, and no run folder
+
+
+@pytest.fixture
+def no_training(tmp_path, monkeypatch):
+    """Nothing may be played and no folder made."""
+    monkeypatch.setattr(rl2, "rollout", lambda *args: pytest.fail("training began"))
+    parent = tmp_path / "runs"
+    yield ["--run-dir", str(parent)]
+    assert not parent.exists()
+
+
+COUNTS = ("total-timesteps", "eval-every", "save-every", "num-envs", "episodes-per-trial", "hidden-size", "epochs", "minibatches")
+RATES = ("lr", "clip", "max-grad-norm")
+BAD = [(f"--{flag}", value) for flag in COUNTS for value in ("0", "-3")]
+BAD += [(f"--{flag}", value) for flag in RATES for value in ("0", "-0.1", "nan", "inf")]
+BAD += [(f"--{flag}", value) for flag in ("entropy-coef", "value-coef") for value in ("-0.1", "nan", "inf")]
+BAD += [(f"--{flag}", value) for flag in ("gamma", "gae-lambda") for value in ("-0.1", "1.1", "nan")]
+BAD += [("--bptt-window", "-1"), ("--bptt-window", "2"), ("--bptt-window", "6"), ("--minibatches", "5"), ("--minibatches", "32")]
+BAD += [("--eval-tasks", "-1"), ("--eval-tasks", "100001"), ("--seed", "-1"), ("--device", "tpu")]
+BAD += [("--num-envs", "abc"), ("--num-envs", "2.5"), ("--num-envs", "5e3"), ("--lr", "fast"), ("--total-timesteps", "nan")]
+
+
+@pytest.mark.parametrize(("flag", "value"), BAD, ids="=".join)
+def test_a_number_out_of_range_is_named(no_training, flag, value):
+    message = one_line(rl2.main, [*TINY, *no_training, flag, value])
+    assert flag in message and value.rstrip("0").rstrip(".") in message
+
+
+@pytest.mark.parametrize("seed", [2**30, 2**32 - 1, 2**32, 2**63])
+def test_a_seed_that_is_too_large_is_named(no_training, seed):
+    message = one_line(rl2.main, [*TINY, *no_training, "--seed", str(seed)])
+    assert message.startswith(f"error: --seed {seed}")
+
+
+def test_an_unknown_environment_lists_the_known_ones(no_training):
+    for env_id in ("CartPole-v1", "Bandit5", "nonsense"):
+        message = one_line(rl2.main, [*TINY, *no_training, "--env-id", env_id])
+        assert f"--env-id {env_id}" in message and "Bandit5-v0" in message and "GridNavi-v0" in message
+    assert "no_such_module" in one_line(rl2.main, [*TINY, *no_training, "--env-id", "no_such_module:Mine-v0"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_cuda(no_training):
+    message = one_line(rl2.main, [*TINY, *no_training, "--device", "cuda"])
+    assert "--device cuda" in message and "cpu" in message
+
+
+def test_flags_that_do_not_exist_or_have_no_value(no_training):
+    assert "--learning-rate" in one_line(rl2.main, [*TINY, *no_training, "--learning-rate", "1"])
+    assert "--lr" in one_line(rl2.main, [*TINY, *no_training, "--lr"])
+    assert "stray" in one_line(rl2.main, [*TINY, *no_training, "stray"])
+
+
+def test_evaluate_and_resume_together(no_training):
+    message = one_line(rl2.main, [*no_training, "--evaluate", "a", "--resume", "b"])
+    assert "--evaluate" in message and "--resume" in message
+
+
+def test_from_the_shell_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path):
+    command = [sys.executable, "rl2_ppo.py", "--num-envs", "0", "--run-dir", str(tmp_path / "runs")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "runs").exists()
+    assert done.stderr == "error: --num-envs 0: expected a positive number\n"
+
+
+# ---- bad checkpoints
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("finished"), 2)
+
+
+def both_ways(path, *flags):
+    """The complaint of --resume, which --evaluate must share."""
+    messages = [one_line(rl2.main, [flag, str(path), *flags]) for flag in ("--resume", "--evaluate")]
+    assert messages[0] == messages[1] and str(path) in messages[0]
+    return messages[0]
+
+
+def edited(finished, path, **changes):
+    torch.save({**checkpoint_of(finished), **changes}, path)
+    return path
+
+
+def test_a_missing_checkpoint(no_training, tmp_path):
+    assert "there is no checkpoint" in both_ways(tmp_path / "nowhere")
+    assert "there is no checkpoint" in both_ways(tmp_path)  # a folder without one
+
+
+def test_a_file_that_is_not_a_checkpoint(no_training, tmp_path):
+    junk = tmp_path / "junk.pt"
+    for content in (b"", b"\0" * 100, b"hello\n", b"PK\3\4", os.urandom(5000), b"\x80\x04N."):
+        junk.write_bytes(content)
+        both_ways(junk)
+    for foreign in (torch.zeros(3), {"weight": torch.zeros(3)}, [1], {"script": "rl2_ppo"}, {"script": "rl2_ppo", "modules": {}, "args": 3}):
+        torch.save(foreign, junk)
+        both_ways(junk)
+
+
+def test_a_truncated_or_damaged_checkpoint(no_training, tmp_path, finished):
+    whole = (finished / "checkpoint.pt").read_bytes()
+    damaged = tmp_path / "damaged.pt"
+    for length in sorted({1, 10, 100, 1000, *range(0, len(whole), max(1, len(whole) // 25)), len(whole) - 1}):
+        damaged.write_bytes(whole[:length])
+        both_ways(damaged)
+
+
+def test_a_checkpoint_that_runs_code_is_refused(no_training, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    torch.save({"script": "rl2_ppo", "args": {}, "modules": Evil()}, tmp_path / "evil.pt")
+    both_ways(tmp_path / "evil.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_checkpoint_of_another_script(no_training, tmp_path, finished):
+    message = both_ways(edited(finished, tmp_path / "other.pt", script="pearl_sac"))
+    assert "pearl_sac.py" in message and "rl2_ppo.py" in message
+
+
+def test_a_checkpoint_of_another_environment(no_training, finished):
+    for flag in ("--resume", "--evaluate"):
+        message = one_line(rl2.main, [flag, str(finished), "--env-id", "Bandit10-v0"])
+        assert "--env-id Bandit10-v0" in message and "Bandit5-v0" in message
+
+
+def test_a_checkpoint_of_another_version(no_training, tmp_path, finished):
+    args = {**checkpoint_of(finished)["args"], "a_flag_of_the_past": 1}
+    assert "another version" in both_ways(edited(finished, tmp_path / "old.pt", args=args))
+
+
+def test_a_checkpoint_whose_parts_do_not_fit(no_training, tmp_path, finished):
+    assert "hidden" in one_line(rl2.main, ["--resume", str(finished), "--hidden-size", "9"])
+    assert "agent" in one_line(rl2.main, ["--evaluate", str(finished), "--hidden-size", "9"])
+    modules = checkpoint_of(finished)["modules"]
+    both_ways(edited(finished, tmp_path / "a.pt", modules={**modules, "agent": {}}))
+    path = edited(finished, tmp_path / "b.pt", modules={"agent": modules["agent"]})
+    assert "optimizer" in one_line(rl2.main, ["--resume", str(path)])
+
+
+def test_a_checkpoint_that_lacks_an_entry_is_named(no_training, tmp_path, finished):
+    for name in ("rng", "iteration", "global_step", "metrics_bytes", "wandb_id"):
+        checkpoint = checkpoint_of(finished)
+        del checkpoint[name]
+        torch.save(checkpoint, tmp_path / "part.pt")
+        assert "part.pt" in one_line(rl2.main, ["--resume", str(tmp_path / "part.pt")])
+
+
+def test_resume_refuses_to_change_what_decides_the_run(no_training, finished):
+    changes = (("lr", "0.5", "0.01"), ("seed", "9", "1"), ("num-envs", "32", "16"), ("gamma", "0.5", "1.0"))
+    for flag, value, was in changes:
+        message = one_line(rl2.main, ["--resume", str(finished), f"--{flag}", value])
+        assert f"--{flag} {value}" in message and was in message
+
+
+# ---- a disk that refuses, a loss that is lost
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        message = one_line(train, path)
+        assert f"--run-dir {path}" in message
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+@pytest.mark.parametrize("place", ["torch.save", "os.fsync", "os.replace", "writer"])
+def test_a_disk_that_is_full_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch, uninterrupted, place):
+    calls = []
+
+    def full_disk(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            if place == "writer":  # what torch says when the stream under it fails
+                raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return shipped(*args)
+
+    owner, name = (torch, "save") if place == "writer" else ({"torch": torch, "os": os}[place.split(".")[0]], place.split(".")[1])
+    shipped = getattr(owner, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full_disk)
+        message = one_line(train, tmp_path, 24)
+    run = only_run(tmp_path)
+    assert "checkpoint.pt" in message and ("No space left on device" in message or place == "writer")
+    assert sorted(file.name for file in run.iterdir()) == ["args.json", "checkpoint.pt", "metrics.jsonl"]  # no half-written file stays
+    assert checkpoint_of(run)["global_step"] == 4 * STEPS
+    rl2.main(["--resume", str(run)])  # once there is room again
+    assert_same_run(run, uninterrupted)
+
+
+def test_a_real_limit_on_the_size_of_files_ends_in_one_line_and_leaves_the_checkpoint_before(tmp_path):
+    run = train(tmp_path, 2)
+    size, errors = (run / "checkpoint.pt").stat().st_size, tmp_path / "errors"
+    for limit in (size // 2, size - 100):
+        assert finish(["--resume", str(run), "--total-timesteps", str(8 * STEPS)], errors, max_file=limit) == 1
+        said = re.split(r"[\r\n]+", errors.read_text().strip())[-1]
+        assert said.startswith("error: cannot save") and "Traceback" not in errors.read_text(), errors.read_text()
+        assert checkpoint_of(run)["global_step"] == 2 * STEPS and not (run / "checkpoint.pt.tmp").exists()
+    rl2.main(["--resume", str(run), "--total-timesteps", str(8 * STEPS)])
+    assert [row["global_step"] for row in rows_of(run)] == [STEPS * (i + 1) for i in range(8)]
+
+
+def test_a_real_limit_on_the_log_ends_in_one_line(tmp_path):
+    run = train(tmp_path, 2, "--save-every", "1000")
+    errors = tmp_path / "errors"
+    (run / "metrics.jsonl").write_text("\n" * (10 * (run / "checkpoint.pt").stat().st_size))  # a long log, then no more room
+    checkpoint = checkpoint_of(run)
+    checkpoint["metrics_bytes"] = (run / "metrics.jsonl").stat().st_size
+    torch.save(checkpoint, run / "checkpoint.pt")
+    argv = ["--resume", str(run), "--total-timesteps", str(8 * STEPS)]
+    assert finish(argv, errors, max_file=checkpoint["metrics_bytes"] + 300) == 1
+    assert "Traceback" not in errors.read_text() and "Exception ignored" not in errors.read_text(), errors.read_text()
+    said = re.split(r"[\r\n]+", errors.read_text().strip())[-1]
+    assert said.startswith("error: cannot write") and "metrics.jsonl" in said
+    assert checkpoint_of(run)["global_step"] == 2 * STEPS
+
+
+@pytest.mark.parametrize("loss", ["ppo_value_loss", "ppo_policy_loss"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, uninterrupted, loss):
+    calls = []
+
+    def lost(*args, shipped=getattr(rl2, loss)):
+        calls.append(1)
+        result = shipped(*args)
+        if len(calls) < 11:  # two minibatches an iteration: the sixth iteration is the bad one
+            return result
+        return result * math.nan if torch.is_tensor(result) else (result[0] * math.nan, result[1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rl2, loss, lost)
+        message = one_line(train, tmp_path, 24)
+    run = only_run(tmp_path)
+    assert "nan" in message and "losses/" + loss.split("_")[1] in message and "checkpoint.pt" in message
+    saved = checkpoint_of(run)
+    assert saved["global_step"] == 4 * STEPS and len(rows_of(run)) == 5
+    assert all(torch.isfinite(value).all() for value in saved["modules"]["agent"].values())
+    rl2.main(["--resume", str(run)])
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("flags", [["--eval-every", "1"], ["--eval-every", "100"], ["--eval-every", "1", "--epochs", "3"]], ids="".join)
+@pytest.mark.parametrize("env_id", ["Bandit5-v0", "PointRobot-v0"])
+def test_a_learning_rate_beyond_reason_ends_in_one_line(tmp_path, env_id, flags):
+    message = one_line(train, tmp_path, 40, "--lr", "1e30", "--env-id", env_id, "--episodes-per-trial", "2", *flags)
+    assert re.search(r"(losses|debug|eval)/\w+", message)
+    saved = checkpoint_of(only_run(tmp_path))["modules"]["agent"]
+    assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+def test_an_error_in_the_middle_of_a_run_stands_on_a_line_of_its_own(tmp_path):
+    """The bar leaves the cursor behind itself; the message must not be glued to it."""
+    errors = tmp_path / "errors"
+    argv = [*TINY, "--lr", "1e30", "--total-timesteps", str(10 * STEPS), "--run-dir", str(tmp_path)]
+    assert finish(argv, errors) == 1
+    assert any(line.startswith("error: ") for line in errors.read_text().split("\n")), errors.read_text()
