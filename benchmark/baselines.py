@@ -498,10 +498,11 @@ def choose_settings(name, prior_mean, num_train=300):
 
 def tabular(num_tasks=1000):
     """Our numbers beside the paper's, with two priors. The players of the paper seem to have believed that
-    rewards have mean 0 before they saw any: with that prior PSRL and optimistic PSRL agree with it at every
-    n, and the greedy ones nearly. With the true prior mean of 1, an untried action looks as good as it is;
-    greedy players then explore more and gain 15 % or more, posterior samplers explore too much for a short
-    trial. The constants in common/ are those of the true prior.
+    rewards have mean 0 before they saw any: with that prior PSRL agrees with it at every n, the optimistic
+    one is at most 1.5 % below, epsilon-greedy within 4 %, greedy within 8 %. With the true prior mean of 1
+    an untried action looks as good as it is: greedy players explore more and gain 15 to 27 %, posterior
+    samplers explore too much for a short trial. BEB, its bonus tuned for each n, is the best of
+    all, as in the paper for small n. The constants in common/ are those of the true prior.
     """
     env = common.make("TabularMDP-v0", num_envs=num_tasks, seed=SEED)
     tasks = env.sample_tasks(num_tasks, split="test")
@@ -622,16 +623,17 @@ def distances(walls, ahead, sources, unreachable=10_000):
     walls: [N, squares] bool. ahead: [4] offset of the square ahead, by heading. sources: [N, squares] bool,
     met at any heading.
     """
-    steps = torch.full((*walls.shape, 4), unreachable)
+    steps = torch.full((*walls.shape, 4), unreachable, dtype=torch.int16)
     steps[sources] = 0
     squares = torch.arange(walls.shape[1])
     next_square = (squares[:, None] + ahead).clamp(0, len(squares) - 1)  # [squares, 4]; the rim is walled
-    blocked = walls[:, next_square]  # [N, squares, 4]
-    column = torch.arange(4).expand_as(next_square)
+    next_place = (4 * next_square + torch.arange(4)).flatten()
+    blocked = walls.index_select(1, next_square.flatten()).view(steps.shape)
     while True:
-        forward = steps[:, next_square, column].masked_fill(blocked, unreachable)
+        forward = steps.flatten(1).index_select(1, next_place).view(steps.shape)
         turn = torch.minimum(steps.roll(1, -1), steps.roll(-1, -1))
-        shorter = torch.minimum(steps, 1 + torch.minimum(forward, turn))
+        shorter = torch.minimum(forward.masked_fill(blocked, unreachable), turn).add_(1)
+        shorter = torch.minimum(shorter, steps)
         if torch.equal(shorter, steps):
             return steps
         steps = shorter
@@ -694,6 +696,8 @@ def play_mazes(env, tasks, player):
         running &= ~restart
         square = torch.where(restart, tasks[:, -2].long() // 4, square)
         heading = torch.where(restart, tasks[:, -2].long() % 4, heading)
+        if not running.any():
+            break
     return returns, steps, found
 
 

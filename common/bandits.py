@@ -48,5 +48,56 @@ class Bandit(TaskVectorEnv):
         return self._start(), reward, torch.ones_like(truncated), truncated, {"final_obs": self._start()}
 
 
-# Sum of rewards over a trial of n pulls, for players that know the prior and learn within the trial.
-TRIAL_REFERENCES = {}
+# Sum of rewards over a trial of n pulls, {arms: {n: {player: return}}}, for players that know the prior and
+# learn within the trial. python -m benchmark.baselines bandits: 10,000 held-out bandits, corrected to the
+# mean over all bandits; standard errors at most .02 for n = 10, .15 for n = 100, .3 for n = 500. "random"
+# and "bayes_optimal" are exact; "finite_horizon_gittins" is within a thousandth of optimal where that can be
+# computed.
+TRIAL_REFERENCES = {
+    5: {
+        10: {
+            "random": 5.0, "greedy": 6.559, "epsilon_greedy": 6.559, "ucb1": 6.655,
+            "thompson": 5.815, "optimistic_thompson": 5.977, "gittins": 6.657,
+            "finite_horizon_gittins": 6.661, "bayes_optimal": 6.66
+        },
+        100: {
+            "random": 50.0, "greedy": 75.03, "epsilon_greedy": 75.07, "ucb1": 78.36,
+            "thompson": 75.04, "optimistic_thompson": 75.91, "gittins": 78.54,
+            "finite_horizon_gittins": 78.6
+        },
+        500: {
+            "random": 250.0, "greedy": 383.45, "epsilon_greedy": 390.94, "ucb1": 406.7,
+            "thompson": 402.63, "optimistic_thompson": 403.83, "gittins": 408.56,
+            "finite_horizon_gittins": 408.62
+        },
+    },
+    10: {
+        10: {
+            "random": 5.0, "greedy": 6.601, "epsilon_greedy": 6.601, "ucb1": 6.713,
+            "thompson": 5.579, "optimistic_thompson": 5.623, "gittins": 6.713,
+            "finite_horizon_gittins": 6.714, "bayes_optimal": 6.714
+        },
+        100: {
+            "random": 50.0, "greedy": 77.9, "epsilon_greedy": 77.97, "ucb1": 83.25,
+            "thompson": 77.1, "optimistic_thompson": 78.26, "gittins": 83.72,
+            "finite_horizon_gittins": 83.77
+        },
+        500: {
+            "random": 250.0, "greedy": 400.53, "epsilon_greedy": 411.43, "ucb1": 439.24,
+            "thompson": 431.05, "optimistic_thompson": 433.03, "gittins": 442.18,
+            "finite_horizon_gittins": 442.26
+        },
+    },
+    50: {
+        10: {
+            "random": 5.0, "greedy": 6.615, "epsilon_greedy": 6.615, "ucb1": 6.719,
+            "thompson": 5.151, "optimistic_thompson": 5.151, "gittins": 6.721,
+            "finite_horizon_gittins": 6.724, "bayes_optimal": 6.714
+        },
+        100: {
+            "random": 50.0, "greedy": 78.31, "epsilon_greedy": 78.56, "ucb1": 84.73,
+            "thompson": 64.46, "optimistic_thompson": 64.5, "gittins": 85.36,
+            "finite_horizon_gittins": 85.47
+        },
+    },
+}  # fmt: skip
