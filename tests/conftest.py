@@ -1,4 +1,4 @@
-"""What the tests share: the scripts as modules, mutants of them with a trap put in, and tiny tasks whose right answers are known."""
+"""What the tests share: the scripts, mutants of them with a trap put in, and tasks of known answers."""
 
 import importlib
 import itertools
@@ -30,7 +30,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def full(request):
-    """Was --full given? A learning test then trains to the README's number, otherwise only until it clearly learns."""
+    """Was --full given? Learning tests then train to the README's number, else only until they learn."""
     return request.config.getoption("--full")
 
 
@@ -40,12 +40,17 @@ def script(name):
 
 
 def mutant(name, old, new, *more):
-    """The script `name` with the trap put in: `old`, which must stand there exactly once, becomes `new`; `more` are further pairs."""
+    """The script `name` with a trap put in: `old`, which must stand there exactly once, becomes `new`.
+
+    more: further pairs of old and new.
+    """
     file = ROOT / f"{name}.py"
     text = file.read_text()
     pairs = (old, new, *more)
     for before, after in zip(pairs[::2], pairs[1::2], strict=True):
-        assert text.count(before) == 1, f"{name}.py must hold {before!r} exactly once: change this test with the script"
+        assert text.count(before) == 1, (
+            f"{name}.py must hold {before!r} exactly once: change this test with the script"
+        )
         text = text.replace(before, after)
     module = types.ModuleType(f"{name}_mutant{next(_count)}")
     module.__file__ = str(file)
@@ -55,13 +60,14 @@ def mutant(name, old, new, *more):
 
 
 class CueTask(TaskVectorEnv):
-    """Only a memory of earlier episodes scores here. One of two arms is good for the whole trial: it pays +1, the other -1.
+    """Only a memory of earlier episodes scores here. One of two arms is good for the whole trial.
 
-    An episode has two steps. The first one pays; the second pays nothing, whatever is done, so that by the time the next episode begins
-    the last reward tells nothing any more. Blind play earns 0 on average, the best play 1 in every episode but the first.
+    An episode has two steps. The first pays +1 for the good arm, -1 for the other; the second pays nothing,
+    whatever is done, so that when the next episode begins the last reward tells nothing any more. Blind play
+    earns 0 on average, the best play 1 in every episode but the first.
 
-    The second action can still be a note to oneself, read in the next episode as the last action, and agents without any other memory do
-    find that trick. One that is to have no memory must lose the last action, too.
+    The second action can still be a note to oneself, read in the next episode as the last action, and agents
+    without any other memory do find that trick. One that is to have no memory must lose the last action, too.
     """
 
     num_test_tasks = 1000
@@ -84,10 +90,11 @@ class CueTask(TaskVectorEnv):
 
 
 class FuseTask(TaskVectorEnv):
-    """Episodes of every length: ends[t, b] says whether the step t of environment b ends its episode; later than `horizon` all end.
+    """Episodes of all lengths to `horizon`: ends[t, b] says whether step t of environment b ends its episode.
 
-    obs = [1 at an episode's first observation, steps since then, task]; the reward of step t in environment b is t + 1 + b / 8, so that
-    every reward tells where it was earned; info["success"] is true at every seventh step. `played` keeps the tasks of every step.
+    obs = [1 at an episode's first observation, steps since then, task]. The reward of step t in environment b
+    is t + 1 + b / 8, so that every reward tells where it was earned. info["success"] is true at every seventh
+    step. `played` keeps the tasks of every step.
     """
 
     terminates = True

@@ -1,6 +1,7 @@
 """rl2_ppo.py: the mathematics, and every trap of its docstring.
 
-A claim is a function check_xxx(module, ...). On the shipped script it must hold; on a mutant, the script with the trap put in, it must fail.
+A claim is a function check_xxx(module, ...). It must hold on the shipped script, and fail on a mutant of it that
+has the trap put in.
 """
 
 import functools
@@ -28,7 +29,9 @@ def red(check, *edits):
 def make_agent(module, env, hidden_size=8, seed=0):
     """A fresh agent that is far from indifferent: its memory moves and its actions depend on it."""
     torch.manual_seed(seed)
-    agent = module.RecurrentActorCritic(env.single_observation_space.shape[0], env.single_action_space, hidden_size)
+    agent = module.RecurrentActorCritic(
+        env.single_observation_space.shape[0], env.single_action_space, hidden_size
+    )
     with torch.no_grad():
         agent.actor.weight.mul_(50.0)
         for bias in (agent.gru.bias_ih_l0, agent.gru.bias_hh_l0, agent.actor.bias, agent.critic.bias):
@@ -60,21 +63,23 @@ def small_args(module, **changes):
 
 
 def advantage_as_double_sum(reward, value, length, gamma, gae_lambda):
-    """The definition: A_t = sum_l (gamma lambda)^l delta_{t+l}, one trial as plain lists, nothing after its end."""
+    """The definition: A_t = sum_l (gamma lambda)^l delta_{t+l}, for one trial, with nothing after its end."""
     value = [*value[:length], 0.0]
     delta = [reward[t] + gamma * value[t + 1] - value[t] for t in range(length)]
     return [sum((gamma * gae_lambda) ** (k - t) * delta[k] for k in range(t, length)) for t in range(length)]
 
 
 def advantage_as_average_of_returns(reward, value, length, gamma, gae_lambda):
-    """The other definition: the lambda-weighted average of all n-step advantages, the last of which takes the weight that is left."""
+    """The other definition: the lambda-weighted average of n-step advantages; the last takes the rest."""
     value = [*value[:length], 0.0]
     advantage = []
     for t in range(length):
         total, most = 0.0, length - t
         for n in range(1, most + 1):
             n_step = sum(gamma**k * reward[t + k] for k in range(n)) + gamma**n * value[t + n] - value[t]
-            total += n_step * (gae_lambda ** (n - 1) if n == most else (1 - gae_lambda) * gae_lambda ** (n - 1))
+            total += n_step * (
+                gae_lambda ** (n - 1) if n == most else (1 - gae_lambda) * gae_lambda ** (n - 1)
+            )
         advantage.append(total)
     return advantage
 
@@ -171,7 +176,11 @@ def test_the_ratio_goes_red_when_time_is_shuffled():  # T6
 
 
 def test_the_ratio_goes_red_when_windows_begin_with_the_wrong_memory():
-    red(check_first_update_has_ratio_one, 'trials["hidden"].flatten(0, 1)', 'trials["hidden"].transpose(0, 1).flatten(0, 1)')
+    red(
+        check_first_update_has_ratio_one,
+        'trials["hidden"].flatten(0, 1)',
+        'trials["hidden"].transpose(0, 1).flatten(0, 1)',
+    )
 
 
 # ---- T1, T3: the hidden state crosses episodes but not trials
@@ -184,12 +193,17 @@ def check_hidden_crosses_episodes_but_not_trials(module):
     for trials in (first, second):
         assert trials["hidden"][0].abs().max() == 0
         memory, _ = agent.gru(trials["x"])
-        expected = memory[env.horizon - 1 :: env.horizon][:-1]  # after the last step of each episode but the last
+        expected = memory[env.horizon - 1 :: env.horizon][
+            :-1
+        ]  # after the last step of each episode but the last
         assert expected.abs().max() > 0.05
         torch.testing.assert_close(trials["hidden"][1:], expected, atol=1e-5, rtol=1e-5)
 
 
-CLEAR_AT_EPISODE_END = ("episode = episode + done", "episode, hidden = episode + done, hidden * (1 - done.float())[None, :, None]")
+CLEAR_AT_EPISODE_END = (
+    "episode = episode + done",
+    "episode, hidden = episode + done, hidden * (1 - done.float())[None, :, None]",
+)
 
 
 def test_hidden_state_crosses_episodes_but_not_trials():
@@ -201,15 +215,20 @@ def test_hidden_state_goes_red_when_episode_ends_clear_it():  # T1
 
 
 def test_hidden_state_goes_red_when_a_new_task_does_not_clear_it():  # T3
-    keep = ("hidden = agent.initial_hidden(batch)", 'hidden = agent.__dict__.get("kept", agent.initial_hidden(batch))')
+    keep = (
+        "hidden = agent.initial_hidden(batch)",
+        'hidden = agent.__dict__.get("kept", agent.initial_hidden(batch))',
+    )
     store = ("episode = episode + done", 'episode = episode + done; agent.__dict__["kept"] = hidden')
     red(check_hidden_crosses_episodes_but_not_trials, *keep, *store)
 
 
 def train_on_cue_task(module, folder, *flags):
     """A short learning run through main itself. Returns the held-out metrics of the last evaluation."""
-    argv = "--env-id CueTask-v0 --num-envs 256 --hidden-size 16 --episodes-per-trial 4 --total-timesteps 61440 --eval-tasks 500"
-    argv += " --eval-every 1000 --save-every 1000 --lr 0.02 --device cpu --minibatches 2"
+    argv = (
+        "--env-id CueTask-v0 --num-envs 256 --hidden-size 16 --episodes-per-trial 4 --total-timesteps 61440"
+    )
+    argv += " --eval-tasks 500 --eval-every 1000 --save-every 1000 --lr 0.02 --device cpu --minibatches 2"
     module.main([*argv.split(), "--run-dir", str(folder), *flags])
     (log,) = folder.glob("*/metrics.jsonl")
     return json.loads(log.read_text().splitlines()[-1])
@@ -256,7 +275,7 @@ def test_the_first_episode_is_paid_for_what_the_last_one_earns():
 
 def test_pay_goes_red_when_gae_is_cut_at_episode_ends():  # T2
     cut = """cut = lambda reward, value, valid, *rest: sum(
-        gae(reward, value, (trials["episode"] == e).float(), *rest) for e in range(int(trials["episode"].max()) + 1)
+        gae(reward, value, (trials["episode"] == episode).float(), *rest) for episode in range(3)
     )
     advantage = cut("""
     red(check_the_first_episode_is_paid_for_the_last, "advantage = gae(", cut)
@@ -306,7 +325,9 @@ def check_the_input_holds_what_it_says(module):
         for b in range(env.num_envs):
             assert obs[t, b].tolist() == [float(age[b] == 0), float(age[b]), float(env.played[t][b, 0])]
             if t > 0:
-                assert last_action[t, b].argmax() == trials["action"][t - 1, b] and last_action[t, b].sum() == 1
+                assert (
+                    last_action[t, b].argmax() == trials["action"][t - 1, b] and last_action[t, b].sum() == 1
+                )
                 assert last_reward[t, b] == trials["reward"][t - 1, b] == t + b / 8
                 assert last_done[t, b] == float(age[b] == 0)
             ends = bool(env.ends[t, b]) or age[b] == env.horizon - 1
@@ -322,11 +343,19 @@ def test_the_input_goes_red_when_done_is_never_one():  # T4
 
 
 def test_the_input_goes_red_when_the_first_observation_is_never_shown():  # T4
-    red(check_the_input_holds_what_it_says, "done = terminated | truncated", 'done = terminated | truncated; obs = info["final_obs"]')
+    red(
+        check_the_input_holds_what_it_says,
+        "done = terminated | truncated",
+        'done = terminated | truncated; obs = info["final_obs"]',
+    )
 
 
 def test_the_input_goes_red_when_the_last_reward_is_missing():
-    red(check_the_input_holds_what_it_says, "agent.encode(action), reward,", "agent.encode(action), 0 * reward,")
+    red(
+        check_the_input_holds_what_it_says,
+        "agent.encode(action), reward,",
+        "agent.encode(action), 0 * reward,",
+    )
 
 
 def test_a_continuous_action_is_remembered_as_it_was_sampled():
@@ -339,7 +368,7 @@ def test_a_continuous_action_is_remembered_as_it_was_sampled():
 
 
 def check_the_last_step_teaches_the_first(module):
-    """The gradient of a loss on the last step alone reaches the weights that read what only the first step showed."""
+    """A loss on the last step alone moves the weights that read what only the first step showed."""
     env = CueTask(5, seed=1)
     agent, trials = play(module, env)
     batch, hidden = module.make_sequences(trials, 6, small_args(module))
@@ -378,8 +407,8 @@ def check_sequences_are_whole_trials_unless_asked(module, folder):
     try:
         for flags, window in (([], 20), (["--bptt-window", "5"], 5)):
             with pytest.raises(Enough):
-                argv = "--env-id CueTask-v0 --num-envs 8 --eval-tasks 8 --total-timesteps 1 --device cpu --run-dir"
-                module.main([*argv.split(), str(folder / "".join(flags)), *flags])
+                argv = "--env-id CueTask-v0 --num-envs 8 --eval-tasks 8 --total-timesteps 1 --device cpu"
+                module.main([*argv.split(), "--run-dir", str(folder / "".join(flags)), *flags])
             assert asked["window"] == window
     finally:
         module.rollout = shipped
@@ -425,7 +454,9 @@ def test_the_policy_loss_is_the_clipped_surrogate_of_ppo_eq_7():
 def test_the_value_loss_is_half_the_squared_error_in_units_of_the_scale():
     value, ret = torch.tensor([[1.0, 2.0], [3.0, 99.0]]), torch.tensor([[0.0, 4.0], [7.0, -99.0]])
     valid = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
-    assert rl2.ppo_value_loss(value, ret, valid, torch.tensor(2.0)).item() == pytest.approx((0.25 + 1 + 4) / 3 / 2)
+    assert rl2.ppo_value_loss(value, ret, valid, torch.tensor(2.0)).item() == pytest.approx(
+        (0.25 + 1 + 4) / 3 / 2
+    )
 
 
 def test_masked_moments_are_those_of_what_counts():
@@ -511,7 +542,9 @@ def test_padding_is_what_is_played_beyond_the_last_episode():
 
 def test_padding_goes_red_when_everything_counts():  # T8
     trap = 'torch.ones_like(trials["reward"])'
-    red(check_padding_is_what_lies_beyond_the_last_episode, '(trials["episode"] < num_episodes).float()', trap)
+    red(
+        check_padding_is_what_lies_beyond_the_last_episode, '(trials["episode"] < num_episodes).float()', trap
+    )
 
 
 def check_padding_moves_nothing(module):
@@ -528,7 +561,9 @@ def check_padding_moves_nothing(module):
         trials["action"] = torch.where(padding & (junk > 0), 2 - trials["action"], trials["action"])
         batch, hidden = module.make_sequences(trials, 4, small_args(module))
         module.follow_return_scale(agent, batch["ret"], batch["valid"], 1.0)
-        metrics = module.update(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, hidden, 0.01, small_args(module))
+        metrics = module.update(
+            agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, hidden, 0.01, small_args(module)
+        )
         gradient = [parameter.grad.clone() for parameter in agent.parameters()]
         results.append([*metrics.values(), agent.return_mean, agent.return_std, *gradient])
     for clean, dirty in zip(*results, strict=True):
@@ -544,7 +579,11 @@ def test_padding_goes_red_when_a_loss_forgets_the_mask():  # T8
 
 
 def test_padding_goes_red_when_the_advantages_are_standardised_with_it():  # T8
-    red(check_padding_moves_nothing, "masked_moments(advantage, valid)", "masked_moments(trials['reward'], 1 + 0 * valid)")
+    red(
+        check_padding_moves_nothing,
+        "masked_moments(advantage, valid)",
+        "masked_moments(trials['reward'], 1 + 0 * valid)",
+    )
 
 
 # ---- D3: the critic's unit
@@ -558,7 +597,9 @@ def test_following_the_scale_of_the_returns_moves_no_prediction_and_reaches_thei
     for rate in (1.0, *[0.1] * 80):
         value = agent(trials["x"], agent.initial_hidden(6))[1]
         rl2.follow_return_scale(agent, ret, valid, rate)
-        torch.testing.assert_close(agent(trials["x"], agent.initial_hidden(6))[1], value, atol=1e-2, rtol=1e-4)
+        torch.testing.assert_close(
+            agent(trials["x"], agent.initial_hidden(6))[1], value, atol=1e-2, rtol=1e-4
+        )
         if rate == 1.0:
             assert agent.return_mean.item() == pytest.approx(inside.mean().item(), rel=1e-5)
             assert agent.return_std.item() == pytest.approx(inside.std(correction=0).item(), rel=1e-4)
@@ -634,7 +675,9 @@ def test_the_summary_is_means_and_standard_errors_over_tasks():
     assert summary["eval/return_ep0"] == 3 and summary["eval/return_ep1"] == 4
     assert summary["eval/adaptation_gain"] == 1 and summary["eval/return_trial"] == 7
     assert summary["eval/return_se_ep0"] == pytest.approx(math.sqrt(8 / 3) / math.sqrt(3))
-    assert summary["eval/return_trial_se"] == pytest.approx(math.sqrt(8) / math.sqrt(3))  # of the sums 3, 9, 9
+    assert summary["eval/return_trial_se"] == pytest.approx(
+        math.sqrt(8) / math.sqrt(3)
+    )  # of the sums 3, 9, 9
     assert summary["eval/adapt_steps_ep0"] == 0 and summary["eval/adapt_steps_ep1"] == 3
     assert summary["eval/success_ep0"] == 0 and summary["eval/success_ep1"] == 1
     alone = rl2.summarize(returns[:1], lengths[:1])
@@ -651,7 +694,9 @@ def test_evaluation_is_the_same_every_time_and_training_does_not_notice():
     assert torch.equal(training.state_dict()["_generator"], training_state)
     torch.manual_seed(6)
     assert rl2.evaluate(agent, env, 4) == first
-    assert rl2.evaluate(agent, common.make("Bandit5-v0", 200, seed=77), 4) == first  # nor does the environment's own seed matter
+    assert (
+        rl2.evaluate(agent, common.make("Bandit5-v0", 200, seed=77), 4) == first
+    )  # nor does the environment's own seed matter
     assert not any(parameter.grad is not None for parameter in agent.parameters())
 
 
@@ -681,10 +726,11 @@ def test_evaluation_goes_red_when_the_task_changes_with_the_episode():  # T7
 
 @pytest.mark.slow
 def test_the_default_run_learns_the_bandit(tmp_path, full):
-    """In full it must come within one per cent of Bayes-optimal play (6.66), which is the README's number; else it must clearly learn."""
-    budget = [] if full else "--total-timesteps 614400 --num-envs 1024 --lr 0.005 --eval-tasks 2000".split()
-    rl2.main(["--run-dir", str(tmp_path), "--device", "cpu", "--eval-every", "1000", *budget])
+    """In full it comes within one per cent of Bayes-optimal play (6.66); else it clearly learns."""
+    argv = "--device cpu --eval-every 1000"
+    argv += "" if full else " --total-timesteps 128000 --num-envs 256 --lr 0.005 --eval-tasks 4000"
+    rl2.main(["--run-dir", str(tmp_path), *argv.split()])
     (log,) = tmp_path.glob("*/metrics.jsonl")
     held_out = json.loads(log.read_text().splitlines()[-1])
-    assert held_out["eval/return_trial"] > (6.60 if full else 5.8)  # random play earns 5.0
-    assert held_out["eval/return_ep9"] > held_out["eval/return_ep0"] + 0.1
+    assert held_out["eval/return_trial"] > (6.60 if full else 5.4)  # random play earns 5.0
+    assert held_out["eval/return_ep9"] > held_out["eval/return_ep0"] + 0.05
