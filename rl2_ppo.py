@@ -1,4 +1,4 @@
-"""RL^2: let a recurrent policy discover its own learning rule.
+r"""RL^2: let a recurrent policy discover its own learning rule.
 (Duan et al. 2016, arXiv:1611.02779; Wang et al. 2016, arXiv:1611.05763)
 
 THE IDEA
@@ -16,7 +16,7 @@ ALGORITHM
         in every environment: draw a task M ~ p(M), hidden = 0                                     [Sec 2.2]
             play n episodes of M with action ~ pi(. | obs, last action, reward and done; hidden)    [Fig 1]
         A_t = sum_l (gamma lambda)^l delta_{t+l} over the whole trial                              [GAE Eq 16]
-              delta_t = r_t + gamma V_{t+1} - V_t                                                  [GAE Eq 10]
+              delta_t = r_t + gamma V_{t+1} - V_t                                                  [GAE Eq 11]
         in minibatches of whole trials:
             maximise E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)], rho = pi / pi_old               [PPO Eq 7]
     on a new task: play. Nothing is trained.
@@ -24,34 +24,33 @@ ALGORITHM
 
 DIFFERS FROM THE PAPER
     D1  PPO instead of TRPO, as in the authors' own launch scripts.
-    D2  Actor and critic are two linear heads on one GRU, instead of a recurrent baseline of its own: half
-        the work.
-    D3  The critic predicts standardised returns, and its last layer is rescaled as their scale moves
-        (PopArt, van Hasselt et al. 2016, arXiv:1602.07714): one learning rate then serves trials that sum
-        to 6 and to 400.
-    D4  gamma = 1 by default: a trial is finite, and its plain sum is what the paper's tables report.
+    D2  Actor and critic are two linear heads on one GRU; the paper's baseline is a GRU of its own.
+    D3  The critic predicts standardised returns, and its last layer is rescaled as their scale moves (PopArt,
+        van Hasselt et al. 2016, arXiv:1602.07714): one learning rate serves trials that sum to 6 and to 400.
+    D4  gamma = 1 by default: the trial is finite and its plain sum is the objective, so V = 0 after its end.
     D5  Step size and entropy bonus fall linearly to zero.
+    D6  bptt_window, for long trials: gradients stop where a window begins, GAE does not, and the hidden state
+        it begins with is the one that was played with, stale from an iteration's second gradient step on.
 
 TRAPS (each has a test that goes red when the trap is put in)
-    T1  The hidden state cleared where an EPISODE ends: the policy learns the average task and gains
-        nothing from episode 1 to n.
+    T1  The hidden state cleared where an EPISODE ends: every episode plays the average task.
     T2  Credit cut where an episode ends: episode 1 is never paid for the information that it bought.
-    T3  The hidden state kept where the TASK changes: a new task is met in the belief that it is the old
-        one.
-    T4  A done flag that is never 1, or a first observation that is never shown: no telling where episodes
-        begin.
+    T3  The hidden state kept where the TASK changes: a new task is taken for the old one.
+    T4  A done flag that is never 1, or a first observation never shown: no telling where episodes begin.
     T5  Value targets made of standardised advantages: the critic learns a scale that means nothing.
-    T6  Time shuffled, or cut into single steps: backpropagation through one step cannot teach what to
-        remember.
+    T6  Time shuffled, or cut into single steps: one step of backpropagation cannot teach what to remember.
     T7  "Before" and "after" on different tasks, or on training tasks.
-    T8  Where episodes can end early, trials end at different times: what follows the n-th episode is no
-        data.
+    T8  Episodes that end early end trials at different times: what follows the n-th episode is no data.
 
 RUN
-    python rl2_ppo.py                                                                   two minutes
-    python rl2_ppo.py --resume runs/NAME                                                goes on, bit for bit
+    python rl2_ppo.py                                     # 5 arms, 10 pulls: two minutes on two cores
+    python rl2_ppo.py --env-id GridNavi-v0 --episodes-per-trial 4 --num-envs 1024 --epochs 2 --lr 0.005 \
+        --gamma 0.99 --gae-lambda 0.95 --entropy-coef 0.05 --total-timesteps 10000000
+    python rl2_ppo.py --episodes-per-trial 100 --num-envs 256 --lr 0.005 --gae-lambda 0.98 \
+        --entropy-coef 0.05 --total-timesteps 45000000    # 5 arms, 100 pulls: the paper's longer trials
 
 RESULT
+    to be measured
 """
 
 import contextlib
@@ -83,7 +82,7 @@ class Args:
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
     total_timesteps: int = 8_000_000  # environment steps in all, those spent on adapting to a task too
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
-    compile: bool = False  # torch.compile the gradient step: may pay on a GPU, does not on a CPU
+    compile: bool = False  # torch.compile losses and optimiser (the GRU stays as it is): may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
     wandb_project: str = "onefile-meta-rl"  # W&B project
     wandb_entity: str = ""  # W&B user or team; empty: your default one
@@ -97,15 +96,15 @@ class Args:
     episodes_per_trial: int = 10  # n, the episodes of one task that share a hidden state
     hidden_size: int = 64  # width of the GRU: all that the agent can remember of a task
     lr: float = 0.01  # Adam's step size, falling linearly to zero; less for smaller batches and longer trials
-    gamma: float = 1.0  # discount per step, running on through the episodes of a trial
+    gamma: float = 1.0  # discount per step, running on through the episodes of a trial [D4]
     gae_lambda: float = 1.0  # GAE: 1 uses whole sampled returns, less leans on the critic
-    clip: float = 0.2  # PPO: the ratio of new to old probability stops paying beyond 1 +- clip
+    clip: float = 0.2  # PPO cuts the ratio of new to old probability to 1 +- this
     epochs: int = 4  # passes over each batch of trials
-    minibatches: int = 4  # gradient steps a pass, each on whole trials
+    minibatches: int = 4  # gradient steps a pass, each on whole trials (or windows of them)
     entropy_coef: float = 0.003  # bonus for random actions, falling linearly to zero
     value_coef: float = 0.5  # weight of the critic's loss beside the policy's
     max_grad_norm: float = 1.0  # longer gradients are shortened to this length
-    bptt_window: int = 0  # backpropagate through this many steps at most; 0: through the whole trial
+    bptt_window: int = 0  # backpropagate through this many steps at most [D6]; 0: the whole trial
     eval_tasks: int = 0  # held-out tasks to evaluate on; 0: all there are, at most 10,000
 
 
@@ -124,12 +123,12 @@ class RecurrentActorCritic(nn.Module):
         self.critic = nn.Linear(hidden_size, 1)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.zeros(self.action_dim))
-            self.register_buffer("low", torch.as_tensor(action_space.low))
-            self.register_buffer("high", torch.as_tensor(action_space.high))
+            for name, bound in (("low", action_space.low), ("high", action_space.high)):
+                self.register_buffer(name, torch.tensor(bound), persistent=False)
         self.register_buffer("return_mean", torch.zeros(()))  # [D3]
         self.register_buffer("return_std", torch.ones(()))
         for weight in (self.gru.weight_ih_l0, self.gru.weight_hh_l0):
-            for gate in weight.chunk(3):  # one orthogonal matrix a gate: what is remembered keeps its length
+            for gate in weight.chunk(3):  # orthogonal gate by gate, the usual start of a recurrent net
                 nn.init.orthogonal_(gate)
         nn.init.orthogonal_(self.actor.weight, 0.01)  # start from an almost uniform policy
         nn.init.orthogonal_(self.critic.weight)
@@ -143,7 +142,7 @@ class RecurrentActorCritic(nn.Module):
         """
         memory, hidden = self.gru(x, hidden)  # [T, B, H] in one call: nothing is reset inside a trial [T1]
         value = self.return_mean + self.return_std * self.critic(memory).squeeze(-1)
-        head = self.actor(memory)  # [T, B, act]
+        head = self.actor(memory)  # [T, B, act], logits or means
         if self.discrete:
             return Categorical(logits=head, validate_args=False), value, hidden
         normal = Normal(head, self.log_std.exp().expand_as(head), validate_args=False)
@@ -165,38 +164,35 @@ class RecurrentActorCritic(nn.Module):
 
 
 @torch.no_grad()
-def rollout(agent, env, tasks, num_episodes, window):
-    """Play a trial in every environment: num_episodes episodes of tasks[i], with hidden never cleared.
+def rollout(agent, env, tasks, num_episodes, window, seed=None):
+    """Play a trial in every environment: num_episodes episodes of tasks[i], hidden never cleared. [Sec 2.2]
 
-    tasks: [B, task_dim]. Returns a dict of [T, B, ...] tensors, T = num_episodes * horizon: x (the input),
-    action, logprob, value, reward, episode (its number in the trial), valid (1 inside the trial, 0 after it),
-    success; and hidden [T / window, B, H], the memory with which each window of steps begins.
+    tasks: [B, task_dim]; seed: of starts and noise. Returns a dict of [T, B, ...] tensors, T = num_episodes *
+    horizon: x (the input), action, logprob, value, reward, episode (its number in the trial), success, valid
+    (1 inside the trial, 0 after it); and hidden [T / window, B, H], with which each window of steps begins.
     """
-    batch = env.num_envs
     env.set_tasks(tasks)
-    obs, _ = env.reset()
-    hidden = agent.initial_hidden(batch)  # T3: a new task begins from nothing
-    last_action = torch.zeros(batch, agent.action_dim, device=obs.device)
-    last_reward = last_done = no_success = torch.zeros(batch, device=obs.device)
-    episode = torch.zeros(batch, dtype=torch.int64, device=obs.device)
+    obs, _ = env.reset(seed=seed)
+    hidden = agent.initial_hidden(env.num_envs)  # T3: a new task begins from nothing
+    last_action = torch.zeros(env.num_envs, agent.action_dim, device=obs.device)
+    last_reward, last_done, no_success = torch.zeros(3, env.num_envs, device=obs.device)
+    episode = torch.zeros(env.num_envs, dtype=torch.int64, device=obs.device)
     steps, window_hidden = [], []
-    for step in range(num_episodes * env.horizon):
+    for step in range(num_episodes * env.horizon):  # all of them: to ask a GPU "all done?" costs more
         if step % window == 0:
-            window_hidden.append(hidden[0])
-        # T4: where an episode has just ended, obs is the next one's first observation and last_done is 1.
+            window_hidden.append(hidden[0])  # [B, H]
+        # T4: where an episode has ended, obs is the next one's first observation and last_done is 1. [Fig 1]
         x = torch.cat([obs, last_action, last_reward[:, None], last_done[:, None]], 1)  # [B, obs + act + 2]
         policy, value, hidden = agent(x[None], hidden)  # T1: hidden runs on where an episode ends
         action = policy.sample()  # [1, B] or [1, B, act]
-        logprob = policy.log_prob(action)
-        action = action[0]
-        obs, reward, terminated, truncated, info = env.step(agent.to_env(action))
+        played = {"x": x, "action": action[0], "logprob": policy.log_prob(action)[0], "value": value[0]}
+        obs, reward, terminated, truncated, info = env.step(agent.to_env(action[0]))
         success = info.get("success", no_success)
-        steps.append((x, action, logprob[0], value[0], reward, episode, success))
+        steps.append({**played, "reward": reward, "episode": episode, "success": success})
         done = terminated | truncated
-        last_action, last_reward, last_done = agent.encode(action), reward, done.float()
+        last_action, last_reward, last_done = agent.encode(action[0]), reward, done.float()
         episode = episode + done
-    names = ("x", "action", "logprob", "value", "reward", "episode", "success")
-    trials = {name: torch.stack(column) for name, column in zip(names, zip(*steps, strict=True), strict=True)}
+    trials = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
     trials["valid"] = (trials["episode"] < num_episodes).float()  # T8
     trials["hidden"] = torch.stack(window_hidden)
     return trials
@@ -206,7 +202,7 @@ def gae(reward, value, valid, gamma, gae_lambda):
     """Generalised advantage estimation over sequences whose end is the end: nothing is bootstrapped after it.
 
     reward, value, valid: [T, B]; valid is 1 for the steps of the sequence and 0 for the padding behind them.
-    Returns advantage [T, B], 0 in the padding.  A_t = delta_t + gamma lambda A_{t+1}  [GAE Eq 10, 16]
+    Returns advantage [T, B], 0 in the padding.  A_t = delta_t + gamma lambda A_{t+1}  [GAE Eq 11, 16]
 
     A sequence is what the objective sums over. For RL^2 that is the trial, so the recursion runs straight
     through the ends of episodes; cutting it there, as several public versions do, is T2.
@@ -221,19 +217,26 @@ def gae(reward, value, valid, gamma, gae_lambda):
     return advantage
 
 
-def masked_moments(x, valid):
-    """Mean and standard deviation of x over the entries where valid is 1; both of one shape."""
-    mean = (x * valid).sum() / valid.sum()
-    return mean, (((x - mean) ** 2 * valid).sum() / valid.sum()).sqrt()
+def masked_mean(x, valid):
+    """Mean of x over the entries where valid is 1."""
+    return (x * valid).sum() / valid.sum().clamp(min=1)  # a window may hold nothing but padding
+
+
+def masked_std(x, valid):
+    """Standard deviation of x over the entries where valid is 1."""
+    return masked_mean((x - masked_mean(x, valid)) ** 2, valid).sqrt()
 
 
 def make_sequences(trials, window, args):
-    """Trials -> what PPO learns from: [window, S, ...] tensors, S = T / window * B, and hidden [S, H]."""
+    """Trials -> what PPO learns from: a dict of [window, S, ...], S = T / window * B, and hidden [S, H].
+
+    Where valid is 0 the entries mean nothing.
+    """
     valid, value = trials["valid"], trials["value"]
     advantage = gae(trials["reward"], value, valid, args.gamma, args.gae_lambda)
-    mean, std = masked_moments(advantage, valid)
+    mean, std = masked_mean(advantage, valid), masked_std(advantage, valid)
     data = {name: trials[name] for name in ("x", "action", "logprob", "value", "valid")}
-    data["ret"] = advantage + value  # T5: of the advantages as they are, before they are standardised
+    data["ret"] = advantage + value  # T5: of the advantages as they are; they are standardised next
     data["advantage"] = (advantage - mean) / (std + 1e-8)
     # T6: a window keeps its order in time; [T, B, ...] -> [T / window, window, B, ...] -> [window, S, ...]
     data = {name: x.unflatten(0, (-1, window)).transpose(0, 1).flatten(1, 2) for name, x in data.items()}
@@ -244,16 +247,19 @@ def make_sequences(trials, window, args):
 
 
 def ppo_policy_loss(logprob, old_logprob, advantage, valid, clip):
-    """The clipped surrogate as a loss [PPO Eq 7]. All [T, B]. Returns the loss and the fraction clipped."""
-    ratio = (logprob - old_logprob).exp()  # 1 everywhere at the first gradient step of an iteration
+    """The clipped surrogate as a loss [D1, PPO Eq 7]. All [T, B]. Returns it and the fraction clipped."""
+    ratio = (logprob - old_logprob).exp()  # 1 but for rounding at the first gradient step of an iteration
     gain = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     clipped = ((ratio - 1).abs() > clip).float()
-    return -masked_moments(gain, valid)[0], masked_moments(clipped, valid)[0]
+    return -masked_mean(gain, valid), masked_mean(clipped, valid)
 
 
 def ppo_value_loss(value, ret, valid, scale):
-    """Half the squared error in units of scale, the returns' std. value, ret, valid: [T, B]."""
-    return 0.5 * masked_moments(((value - ret) / scale) ** 2, valid)[0]
+    """Half the squared error in units of scale, the returns' std. value, ret, valid: [T, B].
+
+    Everywhere else, GAE included, value is in units of return. [D3]
+    """
+    return 0.5 * masked_mean(((value - ret) / scale) ** 2, valid)
 
 
 @torch.no_grad()
@@ -262,9 +268,10 @@ def follow_return_scale(agent, ret, valid, rate):
 
     ret, valid: [T, B]; rate: 1 takes the new moments over, less follows slowly. Changes the agent in place.
     """
-    mean, std = masked_moments(ret, valid)
-    mean = torch.lerp(agent.return_mean, mean, rate)
-    std = torch.lerp(agent.return_std, std.clamp(min=1e-3), rate)
+    batch_mean, batch_square = masked_mean(ret, valid), masked_mean(ret**2, valid)
+    mean = torch.lerp(agent.return_mean, batch_mean, rate)
+    square = torch.lerp(agent.return_std**2 + agent.return_mean**2, batch_square, rate)
+    std = (square - mean**2).clamp(min=1e-6).sqrt()
     agent.critic.weight.mul_(agent.return_std / std)
     agent.critic.bias.mul_(agent.return_std).add_(agent.return_mean - mean).div_(std)
     agent.return_mean.copy_(mean)
@@ -277,47 +284,49 @@ def update(agent, optimizer, data, hidden, entropy_coef, args):
     logprob, valid = policy.log_prob(data["action"]), data["valid"]
     pg_loss, clipfrac = ppo_policy_loss(logprob, data["logprob"], data["advantage"], valid, args.clip)
     v_loss = ppo_value_loss(value, data["ret"], valid, agent.return_std)
-    entropy = masked_moments(policy.entropy(), valid)[0]
+    entropy = masked_mean(policy.entropy(), valid)
     loss = pg_loss + args.value_coef * v_loss - entropy_coef * entropy
     optimizer.zero_grad()
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
     logratio = logprob.detach() - data["logprob"]
-    kl = masked_moments(logratio.exp() - 1 - logratio, valid)[0]  # of low variance, for KL(pi_old || pi)
+    kl = masked_mean(logratio.exp() - 1 - logratio, valid)  # KL(pi_old || pi), an estimator of low variance
     metrics = {"losses/policy": pg_loss, "losses/value": v_loss, "debug/entropy": entropy, "debug/kl": kl}
     metrics |= {"debug/clipfrac": clipfrac, "debug/grad_norm": grad_norm}
     return {name: value.detach() for name, value in metrics.items()}
 
 
 def ppo_epochs(agent, optimizer, update_fn, trials, window, first, anneal, args):
-    """All gradient steps of an iteration, the first one or not; anneal falls from 1 to 0. Returns metrics."""
+    """All gradient steps of an iteration. Returns metrics, means over its gradient steps.
+
+    first: is it the first one, which takes the scale of the returns over at once; anneal: falls from 1 to 0.
+    """
     data, hidden = make_sequences(trials, window, args)
-    error_std = masked_moments(data["ret"] - data["value"], data["valid"])[1]
-    ret_std = masked_moments(data["ret"], data["valid"])[1].clamp(min=1e-8)
+    error_std = masked_std(data["ret"] - data["value"], data["valid"])
+    ret_std = masked_std(data["ret"], data["valid"]).clamp(min=1e-6)
     follow_return_scale(agent, data["ret"], data["valid"], rate=1.0 if first else 0.1)
-    entropy_coef = torch.tensor(args.entropy_coef * anneal, device=hidden.device)  # a number would recompile
     steps = []
     for _ in range(args.epochs):
         for index in torch.randperm(len(hidden), device=hidden.device).chunk(args.minibatches):
             part = {name: x[:, index] for name, x in data.items()}
-            steps.append(update_fn(agent, optimizer, part, hidden[index], entropy_coef, args))
+            steps.append(update_fn(agent, optimizer, part, hidden[index], args.entropy_coef * anneal, args))
     metrics = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
     metrics["debug/explained_variance"] = 1 - (error_std / ret_std) ** 2
-    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # the one transfer
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # in one transfer
 
 
 # ================================ 5. Adapt ===============================
 
 
-def adapt(agent, env, tasks, num_episodes):
+def adapt(agent, env, tasks, num_episodes, seed=None):
     """Learn new tasks: nothing is trained, the hidden state moves. tasks: [N, task_dim], N = env.num_envs.
 
     Returns for every episode of the trial, [N, num_episodes] each: return, length in steps, success (0 or 1).
     """
-    trials = rollout(agent, env, tasks, num_episodes, window=num_episodes * env.horizon)
+    trials = rollout(agent, env, tasks, num_episodes, window=num_episodes * env.horizon, seed=seed)
     episode = trials["episode"].clamp(max=num_episodes).T  # [N, T]; the last bin takes the padding
-    sums = torch.zeros(3, env.num_envs, num_episodes + 1, device=episode.device)
+    sums = torch.zeros(3, env.num_envs, num_episodes + 1, device=episode.device)  # of reward, steps, success
     for total, per_step in zip(sums, (trials["reward"], trials["valid"], trials["success"]), strict=True):
         total.scatter_add_(1, episode, per_step.T.float())
     returns, lengths, successes = sums[:, :, :-1]
@@ -336,23 +345,22 @@ def evaluate(agent, env, num_episodes):
     """
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
-        env.reset(seed=EVAL_SEED)
         tasks = env.sample_tasks(env.num_envs, split="test")
-        returns, lengths, success = adapt(agent, env, tasks, num_episodes)
+        returns, lengths, success = adapt(agent, env, tasks, num_episodes, seed=EVAL_SEED)
     return summarize(returns, lengths, success if env.has_success else None)
 
 
 def summarize(returns, lengths, success=None):
-    """Held-out results as metrics. All [N, K + 1]; episode 0 comes before any adaptation."""
+    """Held-out results as metrics. All [N, num_episodes]; episode 0 begins with no knowledge of the task."""
     num_tasks, num_episodes = returns.shape
-    scale = num_tasks**-0.5  # of a standard error
+    to_error = num_tasks**-0.5  # from a standard deviation to a standard error
     total, steps_before = returns.sum(1), lengths.cumsum(1) - lengths
-    metrics = {"eval/return_trial": total.mean(), "eval/return_trial_se": total.std(correction=0) * scale}
+    metrics = {"eval/return_trial": total.mean(), "eval/return_trial_se": total.std(correction=0) * to_error}
     metrics["eval/adaptation_gain"] = (returns[:, -1] - returns[:, 0]).mean()
     stride = max(1, num_episodes // 10)  # of a hundred pulls, every tenth will do
     for episode in sorted({*range(min(2, num_episodes)), *range(0, num_episodes, stride), num_episodes - 1}):
         metrics[f"eval/return_ep{episode}"] = returns[:, episode].mean()
-        metrics[f"eval/return_se_ep{episode}"] = returns[:, episode].std(correction=0) * scale
+        metrics[f"eval/return_se_ep{episode}"] = returns[:, episode].std(correction=0) * to_error
         metrics[f"eval/adapt_steps_ep{episode}"] = steps_before[:, episode].mean()
         metrics[f"eval/length_ep{episode}"] = lengths[:, episode].mean()
         if success is not None:
@@ -363,15 +371,17 @@ def summarize(returns, lengths, success=None):
 # ==================== Run folder, log, checkpoint [shared] ====================
 
 SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
-MAY_CHANGE = {
-    "total_timesteps",
-    "device",
-    "compile",
-    "track",
-    "wandb_project",
-    "wandb_entity",
-    "eval_every",
-    "save_every",
+MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()
+ENTRIES = {
+    "script",
+    "args",
+    "modules",
+    "rng",
+    "cuda_rng",
+    "iteration",
+    "global_step",
+    "metrics_bytes",
+    "wandb_id",
 }
 
 
@@ -405,10 +415,9 @@ def parse_args(args_class, argv=None):
     if not (args.resume or args.evaluate):
         return args, None
     checkpoint = load_checkpoint(args.resume or args.evaluate)
-    try:
-        saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
-    except TypeError as error:
-        fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py ({error})")
+    if checkpoint["args"].keys() != asdict(args).keys():
+        fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py, which had other flags")
+    saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
     args = parse(saved)
     for name in [field.name for field in fields(args_class) if field.name not in ("resume", "evaluate")]:
         given, was = getattr(args, name), getattr(saved, name)
@@ -452,7 +461,7 @@ def load_checkpoint(path):
         fail(f"there is no checkpoint at {file}")
     except Exception as error:  # whatever a damaged or foreign file makes the reader say
         fail(f"{file} cannot be read as a checkpoint ({type(error).__name__})")
-    if not isinstance(checkpoint, dict) or not {"script", "args", "modules"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= ENTRIES:
         fail(f"{file} is not a checkpoint of this project")
     if checkpoint["script"] != SCRIPT:
         fail(f"{file} was written by {checkpoint['script']}.py, this is {SCRIPT}.py")
@@ -467,58 +476,57 @@ def restore(checkpoint, modules):
         except (RuntimeError, ValueError, KeyError) as error:
             fail(f"the {name} of {checkpoint['file']} does not fit: {' '.join(str(error).split())[:200]}")
     torch.set_rng_state(checkpoint["rng"])
-    if checkpoint["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+    if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(checkpoint["cuda_rng"])
 
 
 def start_run(args, checkpoint):
-    """Make (to resume: reopen) the run folder and its log. Returns folder, log, wandb, wandb_id, sent."""
-    name = f"{SCRIPT}__{args.env_id.replace(':', '.')}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(checkpoint["file"]).parent if checkpoint else Path(args.run_dir) / name
+    """Make (to resume: reopen) the run folder and its log. Returns folder, log, wandb, wandb_id, unsent."""
+    stamp = f"{SCRIPT}__{args.env_id}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.run_dir) / re.sub(r"[^\w.-]", ".", stamp)
+    folder = folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
+    folder = Path(checkpoint["file"]).parent if checkpoint else folder
     wandb_id = checkpoint["wandb_id"] if checkpoint else ""
-    run = {"folder": folder, "wandb": None, "wandb_id": wandb_id, "sent": -1}
+    run = {"folder": folder, "wandb": None, "wandb_id": wandb_id, "unsent": []}
     try:
         folder.mkdir(parents=True, exist_ok=bool(checkpoint))
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
         run["log"] = open(folder / "metrics.jsonl", "a+")  # noqa: SIM115 (open as long as the run)
-        if checkpoint:  # rows past the checkpoint will be made again, but W&B has them already
-            keep = run["log"].seek(min(checkpoint["metrics_bytes"], run["log"].tell()))
-            rows = [json.loads(row) for row in run["log"].read().splitlines() if row.endswith("}")]
-            run["log"].truncate(keep)
-            sent = folder / "wandb_sent"  # on disk, in case this segment is cut short as well
-            before = int(sent.read_text()) if sent.exists() else -1
-            run["sent"] = max([before] + [row["global_step"] for row in rows])
-            sent.write_text(str(run["sent"]))
+        if checkpoint:  # rows past the checkpoint will be made again
+            run["log"].truncate(run["log"].seek(min(checkpoint["metrics_bytes"], run["log"].tell())))
     except OSError as error:
-        fail(f"--run-dir {args.run_dir}: cannot write {folder} ({error.strerror})")
+        fail(f"--run-dir {folder.parent}: cannot write {folder} ({error.strerror})")
     if args.track:
         import wandb
 
-        run["wandb_id"] = run["wandb_id"] or wandb.util.generate_id()
         where = {"project": args.wandb_project, "entity": args.wandb_entity or None, "dir": folder}
-        who = {"name": folder.name, "id": run["wandb_id"], "resume": "allow"}
+        identity = {"name": folder.name, "id": wandb_id or None, "resume": "allow"}
         try:
-            run["wandb"] = wandb.init(**where, **who, config=asdict(args), save_code=True)
+            run["wandb"] = wandb.init(**where, **identity, config=asdict(args), save_code=True)
         except wandb.errors.Error as error:
-            fail(f"--track: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no account)")
+            fail(f"--track: {' '.join(str(error).split())} (WANDB_MODE=offline needs no account)")
+        run["wandb_id"] = run["wandb"].id
         run["wandb"].define_metric("*", step_metric="global_step")
     return run
 
 
-def log(run, global_step, metrics):
-    """A row for metrics.jsonl and W&B. A number that is not finite stops the run before it can be saved."""
+def check_finite(run, global_step, metrics):
+    """A number that is not finite stops the run before it can be saved."""
     for name, value in metrics.items():
         if not math.isfinite(value):
             last_good = run["folder"] / "checkpoint.pt"
             fail(f"{name} is {value} at step {global_step}; {last_good} is from before it")
+
+
+def log(run, global_step, metrics):
+    """A row for metrics.jsonl now, and for W&B once a checkpoint covers it: resuming sends none twice."""
     row = {"global_step": global_step, **metrics}
     try:
         run["log"].write(json.dumps(row) + "\n")
         run["log"].flush()
     except OSError as error:
         fail(f"cannot write {run['log'].name} ({error.strerror}); go on later with --resume {run['folder']}")
-    if run["wandb"] is not None and global_step > run["sent"]:
-        run["wandb"].log(row)
+    run["unsent"].append(row)
 
 
 def save_checkpoint(run, args, modules, iteration, global_step):
@@ -526,7 +534,7 @@ def save_checkpoint(run, args, modules, iteration, global_step):
     checkpoint = {"script": SCRIPT, "args": asdict(args), "iteration": iteration, "global_step": global_step}
     checkpoint["modules"] = {name: module.state_dict() for name, module in modules.items()}
     checkpoint["rng"] = torch.get_rng_state()
-    checkpoint["cuda_rng"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    checkpoint["cuda_rng"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     checkpoint |= {"metrics_bytes": run["log"].tell(), "wandb_id": run["wandb_id"]}
     file = run["folder"] / "checkpoint.pt"
     try:
@@ -537,7 +545,11 @@ def save_checkpoint(run, args, modules, iteration, global_step):
         os.replace(f"{file}.tmp", file)  # a crash leaves the old one or the new one, never half of one
     except (OSError, RuntimeError) as error:
         Path(f"{file}.tmp").unlink(missing_ok=True)
-        fail(f"cannot save {file} ({str(error).splitlines()[0]}); the one before it, if any, is untouched")
+        fail(f"cannot save {file} ({' '.join(str(error).split())}); the one before it, if any, is untouched")
+    if run["wandb"] is not None:
+        for row in run["unsent"]:
+            run["wandb"].log(row)
+    run["unsent"].clear()
 
 
 def print_report(env, metrics):
@@ -576,16 +588,10 @@ def main(argv=None):
     check_rl2(args)
     torch.manual_seed(args.seed)
 
-    env = make_env(args.env_id, args.num_envs, device, args.seed)
+    env = make_env(args.env_id, 1 if args.evaluate else args.num_envs, device, args.seed)
     num_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
     require(num_tasks <= held_out, "eval_tasks", num_tasks, f"at most {held_out}, all that are held out")
     eval_env = make_env(args.env_id, num_tasks, device, seed=0)
-    trial_steps = args.episodes_per_trial * env.horizon
-    window = args.bptt_window or trial_steps
-    require(trial_steps % window == 0, "bptt_window", window, f"a divisor of {trial_steps}, a trial's steps")
-    sequences, parts = args.num_envs * (trial_steps // window), args.minibatches
-    require(sequences % parts == 0, "minibatches", parts, f"a divisor of {sequences}, a batch's sequences")
-
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
     agent = RecurrentActorCritic(obs_dim, action_space, args.hidden_size).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)
@@ -596,49 +602,49 @@ def main(argv=None):
         print_report(eval_env, evaluate(agent, eval_env, args.episodes_per_trial))
         return
 
+    trial_steps = args.episodes_per_trial * env.horizon
+    window = args.bptt_window or trial_steps
+    require(trial_steps % window == 0, "bptt_window", window, f"a divisor of {trial_steps}, a trial's steps")
+    sequences, parts = args.num_envs * (trial_steps // window), args.minibatches
+    require(sequences % parts == 0, "minibatches", parts, f"a divisor of {sequences}, a batch's sequences")
     iteration = global_step = 0
     if checkpoint:
         restore(checkpoint, modules)
         iteration, global_step = checkpoint["iteration"], checkpoint["global_step"]
     run = start_run(args, checkpoint)
-    if not checkpoint:  # so that a run can be resumed from its first second
-        save_checkpoint(run, args, modules, iteration, global_step)
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True)
-    report = {}
+    save_checkpoint(run, args, modules, iteration, global_step)  # a run can be resumed from its first second
+    report, total = {}, args.total_timesteps
 
-    while global_step < args.total_timesteps:
-        start = clock(device)
-        anneal = 1 - global_step / args.total_timesteps  # D5
-        optimizer.param_groups[0]["lr"] = args.lr * anneal
+    with tqdm(total=total, initial=global_step, unit="step", unit_scale=True) as bar:
+        while global_step < total:
+            start = clock(device)
+            anneal = 1 - global_step / total  # D5
+            optimizer.param_groups[0]["lr"] = args.lr * anneal
 
-        # Collect: a new task in every environment, a trial of each.
-        trials = rollout(agent, env, env.sample_tasks(args.num_envs), args.episodes_per_trial, window)
-        collected = clock(device)
+            # Collect: a new task in every environment, and a trial of each.
+            tasks = env.sample_tasks(args.num_envs)
+            trials = rollout(agent, env, tasks, args.episodes_per_trial, window)
+            collected = clock(device)
+            metrics = ppo_epochs(agent, optimizer, update_fn, trials, window, iteration == 0, anneal, args)
+            learned = clock(device)
 
-        # Learn from them.
-        metrics = ppo_epochs(agent, optimizer, update_fn, trials, window, iteration == 0, anneal, args)
-        learned = clock(device)
+            steps = int(trials["valid"].sum(dtype=torch.int64))  # padding is not experience
+            iteration, global_step = iteration + 1, global_step + steps
+            metrics |= {"charts/iteration": iteration, "charts/SPS": steps / (learned - start)}
+            metrics |= {"time/rollout": collected - start, "time/update": learned - collected}
+            check_finite(run, global_step, metrics)
+            if iteration % args.eval_every == 0 or global_step >= total:
+                report = evaluate(agent, eval_env, args.episodes_per_trial)
+                metrics |= {**report, "time/evaluate": clock(device) - learned}
+                bar.set_postfix(held_out=f"{report['eval/return_trial']:.2f}")
+            log(run, global_step, metrics)
+            if iteration % args.save_every == 0 or global_step >= total:
+                save_checkpoint(run, args, modules, iteration, global_step)
+            bar.update(steps)
 
-        # Evaluate on held-out tasks, log, save.
-        steps = int(trials["valid"].sum())
-        iteration, global_step = iteration + 1, global_step + steps
-        last = global_step >= args.total_timesteps
-        metrics |= {"charts/iteration": iteration, "charts/SPS": steps / (learned - start)}
-        metrics |= {"time/rollout": collected - start, "time/update": learned - collected}
-        if iteration % args.eval_every == 0 or last:
-            report = evaluate(agent, eval_env, args.episodes_per_trial)
-            metrics |= {**report, "time/evaluate": clock(device) - learned}
-            bar.set_postfix(held_out=f"{report['eval/return_trial']:.2f}")
-        log(run, global_step, metrics)
-        if iteration % args.save_every == 0 or last:
-            save_checkpoint(run, args, modules, iteration, global_step)
-        bar.update(steps)
-
-    bar.close()
     if run["wandb"] is not None:
         run["wandb"].finish()
-    if report:  # empty when a finished run is resumed
-        print_report(eval_env, report)
+    print_report(eval_env, report or evaluate(agent, eval_env, args.episodes_per_trial))
     print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
 
 

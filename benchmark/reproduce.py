@@ -1,10 +1,10 @@
-"""Every number of the README's tables is an entry here: a command line, its seeds, its minutes, its reference.
+"""Every number of the README's tables is an entry: a command line, its seeds, its minutes, its reference.
 
     python -m benchmark.reproduce                       list the entries
     python -m benchmark.reproduce NAME... [--jobs 2]    run them, or go on with them; write results/NAME.csv
 
-Runs lie in RUN_DIR/NAME/. With several jobs each run gets one thread, which on small networks is the better use
-of two cores.
+Runs lie in RUN_DIR/NAME/. With several jobs each run gets one thread, which on small networks is the better
+use of two cores.
 """
 
 import argparse
@@ -23,16 +23,24 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 
 BANDIT10 = "--env-id Bandit10-v0 --total-timesteps 16000000"
-N100 = (
-    "--episodes-per-trial 100 --num-envs 512 --epochs 3 --lr 0.005 --gae-lambda 0.95 --entropy-coef 0.01"
-    " --total-timesteps 80000000 --eval-every 50 --save-every 50"
+N100 = "--episodes-per-trial 100 --num-envs 256 --lr 0.005 --gae-lambda 0.98 --entropy-coef 0.05"
+LONG = "--total-timesteps 45000000 --eval-every 100 --save-every 100"
+GRIDNAVI = (
+    "--env-id GridNavi-v0 --episodes-per-trial 4 --num-envs 1024 --epochs 2 --lr 0.005 --gamma 0.99"
+    " --gae-lambda 0.95 --entropy-coef 0.05 --total-timesteps 10000000"
+)
+MAZE = (
+    "--env-id Maze-v0 --episodes-per-trial 2 --num-envs 512 --hidden-size 128 --epochs 3 --lr 0.003 --gamma 0.97"
+    " --gae-lambda 0.9 --entropy-coef 0.1 --total-timesteps 10000000 --eval-every 20 --save-every 20"
 )
 
 # name: (script, flags, seeds, minutes a run on one core, reference)
 ENTRIES = {
     "rl2_bandit5_n10": ("rl2_ppo.py", "", (1, 2, 3), 3, "Bayes-optimal 6.660, paper 6.7"),
     "rl2_bandit10_n10": ("rl2_ppo.py", BANDIT10, (1, 2, 3), 6, "Bayes-optimal 6.714, paper 6.7"),
-    "rl2_bandit5_n100": ("rl2_ppo.py", N100, (1,), 35, "Gittins 78.3, paper 78.7"),
+    "rl2_bandit5_n100": ("rl2_ppo.py", f"{N100} {LONG}", (1,), 35, "Gittins 78.3, paper 78.7"),
+    "rl2_gridnavi": ("rl2_ppo.py", GRIDNAVI, (1, 2, 3), 5, "path to the known goal 11.07 an episode"),
+    "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }
 
 

@@ -303,30 +303,21 @@ def tracked_files():
 def machine_traces(text):
     """Registry hosts, absolute paths of somebody's machine, and settings that point at a mirror."""
     paths = r"(?<![\w.])/(?:home|root|Users|work|workspace|mnt|opt/conda)/[\w.-]+"
-    hosts = r"files\.pythonhosted\.org|pypi\.org/simple|download\.pytorch\.org|--(?:extra-)?index-url|index-url *="
-    return re.findall(f"{paths}|{hosts}", text)
+    hosts = r"files\.pythonhosted\.org|pypi\.org/simple|download\.pytorch\.org"
+    flags = r"--(?:extra-)?index-url|index-url *="
+    return re.findall(f"{paths}|{hosts}|{flags}", text)
 
 
 def test_no_file_remembers_the_machine_it_was_written_on():
+    kinds = {".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".json", ".jsonl", ".sh", ""}
     for file in tracked_files():
-        if file.name != "test_house_rules.py" and file.suffix in {
-            ".py",
-            ".md",
-            ".toml",
-            ".txt",
-            ".yml",
-            ".yaml",
-            ".json",
-            ".sh",
-            "",
-        }:
+        if file.name != "test_house_rules.py" and file.suffix in kinds:
             assert machine_traces(file.read_text(errors="ignore")) == [], file
 
 
 def test_the_machine_check_can_fail():
-    assert machine_traces("x = open('/home/me/data')") == ["/home/me"] and machine_traces("/work/main") == [
-        "/work/main"
-    ]
+    assert machine_traces("x = open('/home/me/data')") == ["/home/me"]
+    assert machine_traces("cd /work/main") == ["/work/main"]
     assert machine_traces("pip install --index-url http://mirror/simple") == ["--index-url"]
     assert machine_traces("runs/x and https://github.com/root/home and a/work/b") == []
 

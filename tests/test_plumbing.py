@@ -134,14 +134,17 @@ def run_main(argv, errors=None, environ=None, kill=None, max_file=None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file, max_file))
     if kill:
         module, function, call, moment = kill
-        owner = {"os": os, "torch": torch, "rl2": rl2}[module]
+        owner = {"os": os, "torch": torch, "rl2": rl2, "Path": Path}[module]
         shipped, calls = getattr(owner, function), []
 
         def deadly(*args, **kwargs):
             calls.append(1)
             if len(calls) == call and moment == "half":  # half a file, as far as the disk is concerned
-                args[1].write(b"PK half a checkpoint")
-                args[1].flush()
+                if module == "torch":
+                    args[1].write(b"PK half a checkpoint")
+                    args[1].flush()
+                else:
+                    os.truncate(args[0], 0) if args[0].exists() else args[0].touch()
             result = shipped(*args, **kwargs) if len(calls) < call or moment == "after" else None
             if len(calls) == call:
                 time.sleep(1.0 if environ else 0.0)  # for W&B to write what it was sent
@@ -316,6 +319,17 @@ def test_a_kill_in_the_middle_of_saving_leaves_a_whole_checkpoint_and_an_exact_r
     run = only_run(tmp_path)
     expected = 3 if kill[3] == "after" else 2  # the first save is that of the beginning
     assert checkpoint_of(run)["global_step"] == STEPS * 2 * expected
+    rl2.main(["--resume", str(run)])
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("write", [1, 2])
+def test_a_kill_in_the_middle_of_resuming_does_no_harm(tmp_path, uninterrupted, write):
+    """Killed where a small file of the run folder has been emptied and not yet been written again."""
+    argv = [*TINY, "--total-timesteps", str(24 * STEPS), "--run-dir", str(tmp_path)]
+    assert finish(argv, kill=("rl2", "log", 7, "after")) == -signal.SIGKILL
+    run = only_run(tmp_path)
+    assert finish(["--resume", str(run)], kill=("Path", "write_text", write, "half")) in (-signal.SIGKILL, 0)
     rl2.main(["--resume", str(run)])
     assert_same_run(run, uninterrupted)
 

@@ -1,7 +1,7 @@
 """rl2_ppo.py: the mathematics, and every trap of its docstring.
 
-A claim is a function check_xxx(module, ...). It must hold on the shipped script, and fail on a mutant of it that
-has the trap put in.
+A claim is a function check_xxx(module, ...). It must hold on the shipped script and fail on a mutant, the
+script with the trap put in.
 """
 
 import functools
@@ -216,8 +216,8 @@ def test_hidden_state_goes_red_when_episode_ends_clear_it():  # T1
 
 def test_hidden_state_goes_red_when_a_new_task_does_not_clear_it():  # T3
     keep = (
-        "hidden = agent.initial_hidden(batch)",
-        'hidden = agent.__dict__.get("kept", agent.initial_hidden(batch))',
+        "hidden = agent.initial_hidden(env.num_envs)",
+        'hidden = agent.__dict__.get("kept", agent.initial_hidden(env.num_envs))',
     )
     store = ("episode = episode + done", 'episode = episode + done; agent.__dict__["kept"] = hidden')
     red(check_hidden_crosses_episodes_but_not_trials, *keep, *store)
@@ -353,8 +353,8 @@ def test_the_input_goes_red_when_the_first_observation_is_never_shown():  # T4
 def test_the_input_goes_red_when_the_last_reward_is_missing():
     red(
         check_the_input_holds_what_it_says,
-        "agent.encode(action), reward,",
-        "agent.encode(action), 0 * reward,",
+        "agent.encode(action[0]), reward,",
+        "agent.encode(action[0]), 0 * reward,",
     )
 
 
@@ -460,8 +460,9 @@ def test_the_value_loss_is_half_the_squared_error_in_units_of_the_scale():
 
 
 def test_masked_moments_are_those_of_what_counts():
-    mean, std = rl2.masked_moments(torch.tensor([1.0, 2.0, 1e6]), torch.tensor([1.0, 1.0, 0.0]))
-    assert mean.item() == 1.5 and std.item() == 0.5
+    x, valid = torch.tensor([1.0, 2.0, 1e6]), torch.tensor([1.0, 1.0, 0.0])
+    assert rl2.masked_mean(x, valid).item() == 1.5 and rl2.masked_std(x, valid).item() == 0.5
+    assert rl2.masked_mean(x, torch.zeros(3)).item() == 0  # a window of nothing but padding
 
 
 def test_an_update_is_one_step_down_the_sum_of_the_three_losses():
@@ -575,14 +576,14 @@ def test_what_stands_in_the_padding_moves_nothing():
 
 
 def test_padding_goes_red_when_a_loss_forgets_the_mask():  # T8
-    red(check_padding_moves_nothing, "-masked_moments(gain, valid)[0]", "-gain.mean()")
+    red(check_padding_moves_nothing, "-masked_mean(gain, valid)", "-gain.mean()")
 
 
 def test_padding_goes_red_when_the_advantages_are_standardised_with_it():  # T8
     red(
         check_padding_moves_nothing,
-        "masked_moments(advantage, valid)",
-        "masked_moments(trials['reward'], 1 + 0 * valid)",
+        "masked_mean(advantage, valid), masked_std(advantage, valid)",
+        "masked_mean(trials['reward'], 1 + 0 * valid), masked_std(trials['reward'], 1 + 0 * valid)",
     )
 
 
@@ -717,7 +718,7 @@ def test_evaluation_goes_red_on_training_tasks():  # T7
 
 
 def test_evaluation_goes_red_when_the_task_changes_with_the_episode():  # T7
-    trap = "done = terminated | truncated; env._task = env.sample_tasks(batch) if done.any() else env._task"
+    trap = "done = terminated | truncated; env._task = env.sample_tasks(env.num_envs) if done.any() else env._task"
     red(check_before_and_after_are_the_same_held_out_tasks, "done = terminated | truncated", trap)
 
 
