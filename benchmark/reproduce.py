@@ -30,8 +30,8 @@ GRIDNAVI = (
     " --gae-lambda 0.95 --entropy-coef 0.05 --total-timesteps 10000000"
 )
 MAZE = (
-    "--env-id Maze-v0 --episodes-per-trial 2 --num-envs 512 --hidden-size 128 --epochs 3 --lr 0.003 --gamma 0.97"
-    " --gae-lambda 0.9 --entropy-coef 0.1 --total-timesteps 10000000 --eval-every 20 --save-every 20"
+    "--env-id Maze-v0 --episodes-per-trial 2 --num-envs 512 --hidden-size 128 --epochs 3 --lr 0.003"
+    " --gamma 0.97 --gae-lambda 0.9 --entropy-coef 0.1 --total-timesteps 10000000 --eval-every 20"
 )
 
 # name: (script, flags, seeds, minutes a run on one core, reference)
