@@ -80,7 +80,7 @@ import common
 class Args:
     env_id: str = "Bandit5-v0"  # task distribution: one of common.ids(), or your_module:YourId-v0
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
-    total_timesteps: int = 8_000_000  # environment steps in all, those spent on adapting to a task too
+    total_timesteps: int = 6_400_000  # environment steps in all, those spent on adapting to a task too
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
     compile: bool = False  # torch.compile losses and optimiser (the GRU stays as it is): may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works

@@ -22,7 +22,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 
-BANDIT10 = "--env-id Bandit10-v0 --total-timesteps 16000000"
+BANDIT10 = "--env-id Bandit10-v0 --total-timesteps 12000000"
 N100 = "--episodes-per-trial 100 --num-envs 256 --lr 0.005 --gae-lambda 0.98 --entropy-coef 0.05"
 LONG = "--total-timesteps 45000000 --eval-every 100 --save-every 100"
 GRIDNAVI = (
