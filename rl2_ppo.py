@@ -87,12 +87,12 @@ class Args:
     wandb_project: str = "onefile-meta-rl"  # W&B project
     wandb_entity: str = ""  # W&B user or team; empty: your default one
     run_dir: str = "runs"  # parent folder of this run's own folder
-    eval_every: int = 10  # iterations between evaluations on the held-out tasks
-    save_every: int = 10  # iterations between checkpoints
+    eval_every: int = 20  # iterations between evaluations on the held-out tasks
+    save_every: int = 20  # iterations between checkpoints
     resume: str = ""  # run folder (or its checkpoint.pt) to continue, bit for bit; flags need not be repeated
     evaluate: str = ""  # run folder (or checkpoint) to evaluate on the held-out tasks, then exit
 
-    num_envs: int = 4096  # trials played side by side, each of its own task; an iteration is one in each
+    num_envs: int = 2048  # trials played side by side, each of its own task; an iteration is one in each
     episodes_per_trial: int = 10  # n, the episodes of one task that share a hidden state
     hidden_size: int = 64  # width of the GRU: all that the agent can remember of a task
     lr: float = 0.01  # Adam's step size, falling linearly to zero; less for smaller batches and longer trials
