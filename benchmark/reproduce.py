@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 BANDIT10 = "--env-id Bandit10-v0 --total-timesteps 12000000"
 N100 = "--episodes-per-trial 100 --num-envs 256 --lr 0.005 --gae-lambda 0.98 --entropy-coef 0.05"
-LONG = "--total-timesteps 45000000 --eval-every 100 --save-every 100"
+LONG = "--total-timesteps 45000000 --eval-every 100 --save-every 100 --eval-tasks 4000"
 GRIDNAVI = (
     "--env-id GridNavi-v0 --episodes-per-trial 4 --num-envs 1024 --epochs 2 --lr 0.005 --gamma 0.99"
     " --gae-lambda 0.95 --entropy-coef 0.05 --total-timesteps 10000000"
