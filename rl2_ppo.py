@@ -45,7 +45,7 @@ TRAPS (each has a test that goes red when the trap is put in)
 RUN
     python rl2_ppo.py                                     # 5 arms, 10 pulls: two minutes on two cores
     python rl2_ppo.py --env-id GridNavi-v0 --episodes-per-trial 4 --num-envs 1024 --epochs 2 --lr 0.005 \
-        --gamma 0.99 --gae-lambda 0.95 --entropy-coef 0.05 --total-timesteps 10000000
+        --gamma 0.99 --gae-lambda 0.95 --entropy-coef 0.1 --total-timesteps 14000000
     python rl2_ppo.py --episodes-per-trial 100 --num-envs 256 --lr 0.005 --gae-lambda 0.98 \
         --entropy-coef 0.05 --total-timesteps 45000000    # 5 arms, 100 pulls: the paper's longer trials
 

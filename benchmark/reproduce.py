@@ -27,7 +27,7 @@ N100 = "--episodes-per-trial 100 --num-envs 256 --lr 0.005 --gae-lambda 0.98 --e
 LONG = "--total-timesteps 45000000 --eval-every 100 --save-every 100 --eval-tasks 4000"
 GRIDNAVI = (
     "--env-id GridNavi-v0 --episodes-per-trial 4 --num-envs 1024 --epochs 2 --lr 0.005 --gamma 0.99"
-    " --gae-lambda 0.95 --entropy-coef 0.05 --total-timesteps 10000000"
+    " --gae-lambda 0.95 --entropy-coef 0.1 --total-timesteps 14000000"
 )
 MAZE = (
     "--env-id Maze-v0 --episodes-per-trial 2 --num-envs 512 --hidden-size 128 --epochs 3 --lr 0.003"
@@ -53,6 +53,8 @@ def run_seed(name, seed, run_dir, threads):
     fresh = [*flags.split(), "--seed", str(seed), "--run-dir", str(parent)]
     command += ["--resume", str(found[-1].parent)] if found else fresh
     parent.mkdir(parents=True, exist_ok=True)
+    if not found:  # the code that a run began with is the code its numbers belong to
+        (parent / f"seed{seed}.commit").write_text(git_commit())
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
     with open(parent / f"seed{seed}.log", "a") as log:
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment).returncode
@@ -61,23 +63,25 @@ def run_seed(name, seed, run_dir, threads):
     return sorted(parent.glob(f"*__{seed}__*/checkpoint.pt"))[-1].parent
 
 
+def git_commit():
+    """The short hash of HEAD, with a + when files differ from it; empty outside a repository."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def summarize(name, folders):
     """Write results/NAME.csv: one row a seed, its last evaluation and all that is needed to doubt it."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     rows = []
     for folder in folders:
         args = json.loads((folder / "args.json").read_text())
         log = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
         last = [row for row in log if "eval/return_ep0" in row][-1]
         seconds = sum(row["time/rollout"] + row["time/update"] + row.get("time/evaluate", 0) for row in log)
+        commit = (folder.parent / f"seed{args['seed']}.commit").read_text()
         row = {"name": name, "command": f"{ENTRIES[name][0]} {ENTRIES[name][1]}", "seed": args["seed"]}
         row |= {"global_step": last["global_step"], "minutes": round(seconds / 60, 2)}
         row |= {key: round(value, 5) for key, value in last.items() if key.startswith("eval/")}
-        row |= {
-            "commit": commit.stdout.strip(),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": platform.machine(),
-        }
+        row |= {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": platform.machine()}
         row |= {package: version(package) for package in ("torch", "gymnasium", "numpy")}
         rows.append(row)
     RESULTS.mkdir(exist_ok=True)
