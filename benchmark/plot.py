@@ -58,6 +58,16 @@ def group_runs(folders):
     return groups
 
 
+def draw_references(axes, players, at, align):
+    """Grey lines for the references; of several that nearly coincide, the last listed."""
+    drawn, span = [], max(players.values(), default=1) - min(players.values(), default=0)
+    for player, value in reversed(players.items()):
+        if all(abs(value - other) > 0.04 * span for other in drawn):
+            axes.axhline(value, color="gray", linestyle="--", linewidth=1)
+            axes.annotate(player, (at, value), fontsize=7, color="gray", ha=align, va="bottom")
+            drawn.append(value)
+
+
 def draw(folders, out):
     """Draw the two panels for these run folders into the file out."""
     import matplotlib
@@ -89,18 +99,11 @@ def draw(folders, out):
         style = {"marker": "o", "markersize": 3, "capsize": 2, "color": line.get_color(), "label": label}
         right.errorbar(numbers, curve, yerr=band, **style)
         env = common.make(env_id, num_envs=1, seed=0)
-        styles = ["--", ":", "-.", (0, (5, 1)), (0, (1, 3))]
-        for style, (player, value) in zip(
-            styles, env.trial_references.get(episodes, {}).items(), strict=False
-        ):
-            left.axhline(value, color="gray", linestyle=style, linewidth=1)
-            left.annotate(player, (steps[-1], value), fontsize=7, color="gray", ha="right", va="bottom")
-        for style, (player, value) in zip(styles, env.references.items(), strict=False):
-            right.axhline(value, color="gray", linestyle=style, linewidth=1)
-            right.annotate(player, (numbers[0], value), fontsize=7, color="gray", va="bottom")
+        draw_references(left, env.trial_references.get(episodes, {}), at=steps[-1], align="right")
+        draw_references(right, env.references, at=numbers[0], align="left")
     left.set(xlabel="environment steps (all of them)", ylabel="held-out return, sum over the trial")
     right.set(xlabel="episode on a new task", ylabel="held-out return of the episode")
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, loc="center right")
     figure.savefig(out, dpi=130)
     print(f"wrote {out}")
 
