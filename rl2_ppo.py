@@ -49,8 +49,14 @@ RUN
     python rl2_ppo.py --episodes-per-trial 100 --num-envs 256 --lr 0.005 --gae-lambda 0.98 \
         --entropy-coef 0.05 --total-timesteps 45000000    # 5 arms, 100 pulls: the paper's longer trials
 
-RESULT
-    to be measured
+RESULT (held-out tasks; +- a standard error over tasks; minutes of one 2.5 GHz core)
+    Bandit5, n = 10    6.4 M steps, 3 min, 3 seeds: sum 6.634, 6.645, 6.638 +- .023 (pull 1 pays .50, pull 10
+                       .74); random 5.0, Bayes-optimal 6.660, the paper 6.7
+    Bandit10, n = 10   @B10@
+    GridNavi           14 M steps, 5 min, 3 seeds: 3.9, 10.4, 11.0, 11.0 in episodes 1 to 4; the path to
+                       the known goal 11.07, Bayes-optimal in episode 1 4.0
+    Maze               10 M steps, 25 min, 1 seed: 33.7 steps in the first episode, 20.4 in the second
+    Bandit5, n = 100   45 M steps, 38 min, 1 seed: 77.2 +- .3; Gittins index 78.5, the paper 78.7
 """
 
 import contextlib
@@ -167,9 +173,9 @@ class RecurrentActorCritic(nn.Module):
 def rollout(agent, env, tasks, num_episodes, window, seed=None):
     """Play a trial in every environment: num_episodes episodes of tasks[i], hidden never cleared. [Sec 2.2]
 
-    tasks: [B, task_dim]; seed: of starts and noise. Returns a dict of [T, B, ...] tensors, T = num_episodes *
-    horizon: x (the input), action, logprob, value, reward, episode (its number in the trial), success, valid
-    (1 inside the trial, 0 after it); and hidden [T / window, B, H], with which each window of steps begins.
+    tasks: [B, task_dim]; seed: of starts and noise. Returns a dict of [T, B, ...] tensors, T the steps of the
+    longest trial: x (the input), action, logprob, value, reward, episode (its number in the trial), success,
+    valid (1 inside the trial, 0 after it); and hidden [T / window, B, H], with which each window begins.
     """
     env.set_tasks(tasks)
     obs, _ = env.reset(seed=seed)
@@ -178,7 +184,10 @@ def rollout(agent, env, tasks, num_episodes, window, seed=None):
     last_reward, last_done, no_success = torch.zeros(3, env.num_envs, device=obs.device)
     episode = torch.zeros(env.num_envs, dtype=torch.int64, device=obs.device)
     steps, window_hidden = [], []
-    for step in range(num_episodes * env.horizon):  # all of them: to ask a GPU "all done?" costs more
+    whole = window == num_episodes * env.horizon  # a window that is less than the trial needs all its steps
+    for step in range(num_episodes * env.horizon):
+        if whole and env.terminates and bool((episode >= num_episodes).all()):
+            break  # every trial is over
         if step % window == 0:
             window_hidden.append(hidden[0])  # [B, H]
         # T4: where an episode has ended, obs is the next one's first observation and last_done is 1. [Fig 1]
@@ -238,6 +247,7 @@ def make_sequences(trials, window, args):
     data = {name: trials[name] for name in ("x", "action", "logprob", "value", "valid")}
     data["ret"] = advantage + value  # T5: of the advantages as they are; they are standardised next
     data["advantage"] = (advantage - mean) / (std + 1e-8)
+    window = min(window, len(value))  # of whole trials, which may all have ended early
     # T6: a window keeps its order in time; [T, B, ...] -> [T / window, window, B, ...] -> [window, S, ...]
     data = {name: x.unflatten(0, (-1, window)).transpose(0, 1).flatten(1, 2) for name, x in data.items()}
     return data, trials["hidden"].flatten(0, 1)
@@ -565,7 +575,8 @@ def print_report(env, metrics):
     print(f"sum over the trial: {total:.3f} +- {error:.3f} (standard error)")
     tables = {"an episode": env.references, "the trial": env.trial_references.get(episodes[-1] + 1, {})}
     for what, players in tables.items():
-        print(*[f"reference, {what}: {player} {value:.3f}" for player, value in players.items()], sep="\n")
+        for player, value in players.items():
+            print(f"reference, {what}: {player} {value:.3f}")
 
 
 # ================================ 7. Main ================================
