@@ -301,11 +301,10 @@ def tracked_files():
 
 
 def machine_traces(text):
-    """Registry hosts, absolute paths of somebody's machine, and settings that point at a mirror."""
-    paths = r"(?<![\w.])/(?:home|root|Users|work|workspace|mnt|opt/conda)/[\w.-]+"
-    hosts = r"files\.pythonhosted\.org|pypi\.org/simple|download\.pytorch\.org"
-    flags = r"--(?:extra-)?index-url|index-url *="
-    return re.findall(f"{paths}|{hosts}|{flags}", text)
+    """Package indexes, and absolute paths of somebody's machine."""
+    paths = r"(?<![\w.])/(?:home|root|Users|mnt|opt)/[\w.-]+"
+    indexes = r"https?://\S+/simple\b|--(?:extra-)?index" + "-url"
+    return re.findall(f"{paths}|{indexes}", text)
 
 
 def test_no_file_remembers_the_machine_it_was_written_on():
@@ -317,8 +316,8 @@ def test_no_file_remembers_the_machine_it_was_written_on():
 
 def test_the_machine_check_can_fail():
     assert machine_traces("x = open('/home/me/data')") == ["/home/me"]
-    assert machine_traces("cd /work/main") == ["/work/main"]
-    assert machine_traces("pip install --index-url http://mirror/simple") == ["--index-url"]
+    assert machine_traces("pip install --index" + "-url x") == ["--index" + "-url"]
+    assert machine_traces("see http://mirror" + "/simple") == ["http://mirror" + "/simple"]
     assert machine_traces("runs/x and https://github.com/root/home and a/work/b") == []
 
 
