@@ -49,7 +49,7 @@ RUN
     python rl2_ppo.py --episodes-per-trial 100 --num-envs 256 --lr 0.005 --gae-lambda 0.98 \
         --entropy-coef 0.05 --total-timesteps 45000000    # 5 arms, 100 pulls: the paper's longer trials
 
-RESULT (held-out tasks; +- a standard error over tasks; minutes of one 2.5 GHz core)
+RESULT (held-out tasks; +- a standard error over tasks; minutes of one busy core)
     Bandit5, n = 10    6.4 M steps, 3 min, 3 seeds: sum 6.634, 6.645, 6.638 +- .023 (pull 1 pays .50, pull 10
                        .74); random 5.0, Bayes-optimal 6.660, the paper 6.7
     Bandit10, n = 10   12 M steps, 8 min, 3 seeds: sum 6.702, 6.695, 6.698 +- .022; Bayes-optimal 6.714

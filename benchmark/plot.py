@@ -4,7 +4,7 @@
 
 Runs of one script on one task distribution are the seeds of one curve. Left: held-out return against
 environment steps. Right: held-out return by episode on a new task, at the end. Bands are 95 %
-intervals, mean +- 1.96 standard errors: over seeds where there are several, over held-out tasks where there
+intervals: over seeds (Student's t) where there are several, over held-out tasks where there
 is one; the legend says which.
 """
 
@@ -15,6 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import common
+
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # of n seeds
 
 
 def read_run(folder):
@@ -42,7 +44,8 @@ def mean_and_error(values, errors):
     spread = [
         (sum((value[i] - means[i]) ** 2 for value in values) / (count - 1)) ** 0.5 for i in range(length)
     ]
-    return means, [1.96 * s / count**0.5 for s in spread]
+    student = T_95.get(count, 1.96)  # three seeds are too few for the normal factor
+    return means, [student * s / count**0.5 for s in spread]
 
 
 def group_runs(folders):

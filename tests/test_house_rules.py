@@ -317,7 +317,7 @@ def test_no_file_remembers_the_machine_it_was_written_on():
 def test_the_machine_check_can_fail():
     assert machine_traces("x = open('/home/me/data')") == ["/home/me"]
     assert machine_traces("pip install --index" + "-url x") == ["--index" + "-url"]
-    assert machine_traces("see http://mirror" + "/simple") == ["http://mirror" + "/simple"]
+    assert machine_traces("see http://mirror/" + "simple") == ["http://mirror/" + "simple"]
     assert machine_traces("runs/x and https://github.com/root/home and a/work/b") == []
 
 
