@@ -18,11 +18,40 @@ import common
 import rl2_ppo
 
 VARIBAD_GRIDNAVI_SPS = 763  # env steps/s of varibad's RL^2 on GridNavi, end to end, two cores without a GPU
-RECIPE_US = {
-    "Bandit5-v0": 14,
-    "TabularMDP-v0": 80,
-    "PointGoal-v0": 24,
-}  # us a vector step of bare torch code, 1,024 envs
+
+
+def microseconds(step, device):
+    """Microseconds of one call of step, which is short."""
+
+    def hundred_steps():
+        for _ in range(100):
+            step()
+
+    return median_seconds(hundred_steps, torch.device(device), 9) * 1e4
+
+
+def bare_steps(count, device):
+    """The dynamics with nothing around them: no episodes, no final_obs, no checks. {env_id: function}"""
+    draw = {"device": device}
+    arms, chance = torch.randint(5, (count, 1), **draw), torch.rand(count, 5, **draw)
+    point, goal, push = (torch.rand(count, 2, **draw) - 0.5 for _ in range(3))
+    cumulative = torch.rand(count * 50, 10, **draw).cumsum(1)
+    mean_reward, first = torch.randn(count * 50, **draw), 50 * torch.arange(count, **draw)
+
+    def bandit():
+        return torch.rand(count, **draw) < chance.gather(1, arms)[:, 0]
+
+    def tabular_mdp():
+        pair = first + arms[:, 0]
+        reward = mean_reward.index_select(0, pair) + torch.randn(count, **draw)
+        return (cumulative.index_select(0, pair) < torch.rand(count, 1, **draw)).sum(1), reward
+
+    def point_goal():
+        moved = point + push.clamp(-0.1, 0.1)
+        dx, dy = (moved - goal).abs().unbind(1)
+        return moved, -torch.hypot(dx, dy), (dx < 0.01) & (dy < 0.01)
+
+    return {"Bandit5-v0": bandit, "TabularMDP-v0": tabular_mdp, "PointGoal-v0": point_goal}
 
 
 def median_seconds(function, device, repeats, burn_in=2):
@@ -43,8 +72,9 @@ def env_steps(device, counts=(64, 1024, 16384)):
     print(
         f"{'environments':>22}"
         + "".join(f"{count:>10}" for count in counts)
-        + "   at 1,024 against bare torch code"
+        + "   at 1,024 against the bare dynamics"
     )
+    bare = bare_steps(1024, device)
     for env_id in common.ids():
         cells = []
         for count in counts:
@@ -52,13 +82,11 @@ def env_steps(device, counts=(64, 1024, 16384)):
             env.set_tasks(env.sample_tasks(count))
             env.reset(seed=1)
             action = torch.as_tensor(env.action_space.sample(), device=device)
-
-            def hundred_steps(env=env, action=action):
-                for _ in range(100):
-                    env.step(action)
-
-            cells.append(median_seconds(hundred_steps, torch.device(device), 5) * 1e4)
-        ratio = f"   {cells[counts.index(1024)] / RECIPE_US[env_id]:.1f} x" if env_id in RECIPE_US else ""
+            cells.append(microseconds(lambda env=env, action=action: env.step(action), device))
+        ratio = ""
+        if env_id in bare:
+            raw = microseconds(bare[env_id], device)
+            ratio = f"   {cells[counts.index(1024)] / raw:.1f} times {raw:.0f}"
         print(f"{env_id:>22}" + "".join(f"{cell:10.0f}" for cell in cells) + ratio)
 
 
