@@ -1,0 +1,158 @@
+"""The tools behind the README's numbers: reproduce writes what the run logged, plot draws what was logged."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import common
+from benchmark import plot, reproduce, throughput
+
+TINY = (
+    "--num-envs 8 --episodes-per-trial 3 --hidden-size 8 --total-timesteps 48 --eval-every 1 --eval-tasks 16"
+)
+
+
+@pytest.fixture
+def tiny_entry(monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, "ENTRIES", {"tiny": ("rl2_ppo.py", TINY, (1, 2), 1, "none")})
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
+    return tmp_path / "runs"
+
+
+def run_reproduce(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["reproduce", *map(str, words)])
+    reproduce.main()
+
+
+def read_csv(folder):
+    with open(folder / "results" / "tiny.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_reproduce_trains_every_seed_and_writes_its_last_evaluation(
+    tiny_entry, tmp_path, monkeypatch, capsys
+):
+    run_reproduce(monkeypatch, "tiny", "--run-dir", tiny_entry, "--jobs", 2)
+    rows = read_csv(tmp_path)
+    assert [row["seed"] for row in rows] == ["1", "2"]
+    for row in rows:
+        (folder,) = (tiny_entry / "tiny").glob(f"*__{row['seed']}__*")
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert int(row["global_step"]) == last["global_step"] == 48
+        for key in ("eval/return_trial", "eval/return_trial_se", "eval/return_ep2"):
+            assert float(row[key]) == pytest.approx(last[key], abs=1e-5)
+        assert row["command"] == f"rl2_ppo.py {TINY}" and row["torch"] == torch.__version__ and row["commit"]
+    # again: finished runs are found, not repeated
+    before = {file: file.read_bytes() for file in (tiny_entry / "tiny").glob("*/metrics.jsonl")}
+    run_reproduce(monkeypatch, "tiny", "--run-dir", tiny_entry)
+    assert {file: file.read_bytes() for file in (tiny_entry / "tiny").glob("*/metrics.jsonl")} == before
+    assert [row["eval/return_trial"] for row in read_csv(tmp_path)] == [r["eval/return_trial"] for r in rows]
+    assert capsys.readouterr().out.count("tiny seed 1: ") == 2
+
+
+def test_reproduce_lists_its_entries_and_names_an_unknown_one(tiny_entry, monkeypatch, capsys):
+    run_reproduce(monkeypatch)
+    assert "tiny: rl2_ppo.py --num-envs 8" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        run_reproduce(monkeypatch, "tinny")
+    assert stop.value.code == "error: no entry named tinny; there are tiny"
+
+
+def test_a_run_that_fails_ends_reproduce_and_leaves_no_csv(tiny_entry, tmp_path, monkeypatch):
+    monkeypatch.setitem(reproduce.ENTRIES, "tiny", ("rl2_ppo.py", "--num-envs 0", (1,), 1, "none"))
+    with pytest.raises(SystemExit, match="ended with 1"):
+        run_reproduce(monkeypatch, "tiny", "--run-dir", tiny_entry)
+    assert not (tmp_path / "results" / "tiny.csv").exists()
+
+
+def test_every_entry_has_flags_that_its_script_accepts(monkeypatch):
+    from conftest import script
+
+    for name, (file, flags, seeds, minutes, reference) in reproduce.ENTRIES.items():
+        module = script(file.removesuffix(".py"))
+        args, _ = module.parse_args(module.Args, flags.split())
+        assert args.env_id in common.ids() and len(set(seeds)) == len(seeds) > 0, name
+        assert minutes > 0 and reference, name
+
+
+# ---- plot
+
+
+def write_run(parent, seed, trial, rows=2):
+    """A run folder as a script leaves it, with `rows` evaluations of a trial of two pulls."""
+    folder = parent / f"rl2_ppo__Bandit5-v0__{seed}__20000101-00000{seed}"
+    folder.mkdir()
+    (folder / "args.json").write_text(
+        json.dumps({"env_id": "Bandit5-v0", "seed": seed, "episodes_per_trial": 2})
+    )
+    log = []
+    for number in range(rows):
+        row = {"global_step": 10 * (number + 1), "eval/return_trial": trial + number}
+        row |= {"eval/return_trial_se": 0.5}
+        for episode in range(2):
+            row |= {f"eval/return_ep{episode}": trial / 2 + episode, f"eval/return_se_ep{episode}": 0.25}
+        log += [json.dumps({"global_step": row["global_step"] - 5, "losses/policy": 0.0}), json.dumps(row)]
+    (folder / "metrics.jsonl").write_text("\n".join(log) + "\n")
+    return folder
+
+
+def test_intervals_over_seeds_are_students_and_over_the_tasks_of_one_seed_normal():
+    mean, band = plot.mean_and_error([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]], [[9.0, 9.0]] * 3)
+    assert mean == [2.0, 5.0]
+    assert band == pytest.approx([4.303 / 3**0.5, 0.0], abs=2e-3)  # std 1; t of two degrees of freedom
+    mean, band = plot.mean_and_error([[1.0, 5.0]], [[0.5, 1.0]])
+    assert (mean, band) == ([1.0, 5.0], pytest.approx([0.98, 1.96]))
+
+
+def test_the_curves_are_what_was_logged(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    folders = [write_run(tmp_path, seed, trial) for seed, trial in ((1, 1.0), (2, 2.0), (3, 3.0))]
+    plot.draw(folders, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    left, right = drawn[0].axes
+    assert left.lines[0].get_xydata().tolist() == [[10, 2.0], [20, 3.0]]  # means of three seeds
+    assert right.lines[0].get_xydata().tolist() == [
+        [0, 1.0],
+        [1, 2.0],
+    ]  # by episode, from the last evaluation
+    assert left.lines[0].get_label() == "rl2_ppo on Bandit5-v0, 3 seeds"
+
+
+def test_plot_leaves_out_what_is_not_evaluated_and_reads_a_log_cut_in_its_last_line(tmp_path, capsys):
+    whole, empty = write_run(tmp_path, 1, 1.0), write_run(tmp_path, 2, 2.0, rows=0)
+    with open(whole / "metrics.jsonl", "a") as log:
+        log.write('{"global_step": 30, "eval/ret')
+    groups = plot.group_runs([whole, empty])
+    assert [len(rows) for (rows,) in groups.values()] == [2]
+    assert f"{empty}: no evaluation yet" in capsys.readouterr().out
+
+
+def test_plot_says_in_one_line_what_is_not_a_run_folder(tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        plot.draw([tmp_path / "nothing"], tmp_path / "curves.png")
+    assert "is not a run folder" in stop.value.code and "\n" not in stop.value.code
+    with pytest.raises(SystemExit, match="nothing to draw"):
+        plot.draw([write_run(tmp_path, 1, 1.0, rows=0)], tmp_path / "curves.png")
+
+
+# ---- throughput
+
+
+def test_the_bare_dynamics_are_those_of_the_environments():
+    """What stepping is compared with must do the same work: same shapes, same kinds of numbers."""
+    bare = throughput.bare_steps(4096, "cpu")
+    assert set(bare) <= set(common.ids())
+    assert bare["Bandit5-v0"]().shape == (4096,)
+    state, reward = bare["TabularMDP-v0"]()
+    assert state.shape == reward.shape == (4096,) and state.max() <= 10
+    assert reward.var().item() == pytest.approx(2.0, abs=0.3)  # of the means and of the noise
+    position, reward, near = bare["PointGoal-v0"]()
+    assert position.shape == (4096, 2) and reward.max() <= 0 and near.dtype == torch.bool
