@@ -23,8 +23,10 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 
 BANDIT10 = "--env-id Bandit10-v0 --total-timesteps 12000000"
-N100 = "--episodes-per-trial 100 --num-envs 256 --lr 0.005 --gae-lambda 0.98 --entropy-coef 0.05"
-LONG = "--total-timesteps 45000000 --eval-every 100 --save-every 100 --eval-tasks 4000"
+N100 = (
+    "--episodes-per-trial 100 --num-envs 256 --hidden-size 128 --lr 0.005 --gamma 0.99 --gae-lambda 0.95"
+    " --entropy-coef 0.02 --total-timesteps 60000000 --eval-every 200 --save-every 100"
+)
 GRIDNAVI = (
     "--env-id GridNavi-v0 --episodes-per-trial 4 --num-envs 1024 --epochs 2 --lr 0.005 --gamma 0.99"
     " --gae-lambda 0.95 --entropy-coef 0.1 --total-timesteps 14000000"
@@ -38,7 +40,8 @@ MAZE = (
 ENTRIES = {
     "rl2_bandit5_n10": ("rl2_ppo.py", "", (1, 2, 3), 3, "Bayes-optimal 6.660, paper 6.7"),
     "rl2_bandit10_n10": ("rl2_ppo.py", BANDIT10, (1, 2, 3), 6, "Bayes-optimal 6.714, paper 6.7"),
-    "rl2_bandit5_n100": ("rl2_ppo.py", f"{N100} {LONG}", (1,), 35, "Gittins 78.3, paper 78.7"),
+    "rl2_bandit5_n100": ("rl2_ppo.py", N100, (1,), 40, "Gittins 78.3, paper 78.7"),
+    "rl2_bandit10_n100": ("rl2_ppo.py", f"--env-id Bandit10-v0 {N100}", (1,), 40, "Gittins 82.8, paper 83.5"),
     "rl2_gridnavi": ("rl2_ppo.py", GRIDNAVI, (1, 2, 3), 5, "path to the known goal 11.07 an episode"),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }
