@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 
 BANDIT10 = "--env-id Bandit10-v0 --total-timesteps 12000000"
 N100 = (
-    "--episodes-per-trial 100 --num-envs 256 --hidden-size 128 --lr 0.005 --gamma 0.99 --gae-lambda 0.95"
-    " --entropy-coef 0.02 --total-timesteps 60000000 --eval-every 200 --save-every 100"
+    "--episodes-per-trial 100 --num-envs 512 --hidden-size 128 --lr 0.005 --gamma 0.99 --gae-lambda 0.97"
+    " --entropy-coef 0.02 --total-timesteps 55000000 --eval-every 100 --save-every 50"
 )
 GRIDNAVI = (
     "--env-id GridNavi-v0 --episodes-per-trial 4 --num-envs 1024 --epochs 2 --lr 0.005 --gamma 0.99"
