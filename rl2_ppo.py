@@ -26,11 +26,14 @@ DIFFERS FROM THE PAPER
     D1  PPO instead of TRPO, as in the authors' own launch scripts.
     D2  Actor and critic are two linear heads on one GRU; the paper's baseline is a GRU of its own.
     D3  The critic predicts standardised returns, and its last layer is rescaled as their scale moves (PopArt,
-        van Hasselt et al. 2016, arXiv:1602.07714): one learning rate serves trials that sum to 6 and to 400.
-    D4  gamma = 1 by default: the trial is finite and its plain sum is the objective, so V = 0 after its end.
+        van Hasselt et al. 2016, arXiv:1602.07714): its loss has one scale, whatever trials sum to.
+    D4  gamma = 1 by default, since the plain sum over the trial is the objective. The trial is the horizon:
+        V = 0 after its end, whatever gamma is. For long trials .99 learns faster.
     D5  Step size and entropy bonus fall linearly to zero.
     D6  bptt_window, for long trials: gradients stop where a window begins, GAE does not, and the hidden state
         it begins with is the one that was played with, stale from an iteration's second gradient step on.
+    D7  Smaller: a GRU of 64 by default (their launch scripts: 128, with ReLU and weight normalisation) and
+        batches of 20,000 steps (250,000).
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  The hidden state cleared where an EPISODE ends: every episode plays the average task.
@@ -96,12 +99,12 @@ class Args:
     run_dir: str = "runs"  # parent folder of this run's own folder
     eval_every: int = 20  # iterations between evaluations on the held-out tasks
     save_every: int = 20  # iterations between checkpoints
-    resume: str = ""  # run folder (or its checkpoint.pt) to continue, bit for bit; flags need not be repeated
+    resume: str = ""  # run folder (or checkpoint) to continue, on a CPU bit for bit; flags are remembered
     evaluate: str = ""  # run folder (or checkpoint) to evaluate on the held-out tasks, then exit
 
     num_envs: int = 2048  # trials played side by side, each of its own task; an iteration is one in each
     episodes_per_trial: int = 10  # n, the episodes of one task that share a hidden state
-    hidden_size: int = 64  # width of the GRU: all that the agent can remember of a task
+    hidden_size: int = 64  # width of the GRU: all that the agent can remember of a task [D7]
     lr: float = 0.01  # Adam's step size, falling linearly to zero; less for smaller batches and longer trials
     gamma: float = 1.0  # discount per step, running on through the episodes of a trial [D4]
     gae_lambda: float = 1.0  # GAE: 1 uses whole sampled returns, less leans on the critic
@@ -143,7 +146,7 @@ class RecurrentActorCritic(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, x, hidden):
-        """x: [T, B, obs + act + 2], the steps of a trial; hidden: [1, B, H], before the first of them.
+        """x: [T, B, obs + act + 2], steps of a trial or window; hidden: [1, B, H], before the first of them.
 
         Returns the action distribution over [T, B], value [T, B] in units of return, and the last hidden.
         """
@@ -163,7 +166,7 @@ class RecurrentActorCritic(nn.Module):
         return F.one_hot(action, self.action_dim).float() if self.discrete else action
 
     def to_env(self, action):
-        """The Gaussian lives on [-1, 1], the environment's box may have other bounds. Discrete: as it is."""
+        """Actions are cut to [-1, 1] and stretched to the environment's box. Discrete: as it is."""
         return action if self.discrete else self.low + (action.clamp(-1, 1) + 1) / 2 * (self.high - self.low)
 
 
@@ -174,9 +177,10 @@ class RecurrentActorCritic(nn.Module):
 def rollout(agent, env, tasks, num_episodes, window, seed=None):
     """Play a trial in every environment: num_episodes episodes of tasks[i], hidden never cleared. [Sec 2.2]
 
-    tasks: [B, task_dim]; seed: of starts and noise. Returns a dict of [T, B, ...] tensors, T the steps of the
-    longest trial: x (the input), action, logprob, value, reward, episode (its number in the trial), success,
-    valid (1 inside the trial, 0 after it); and hidden [T / window, B, H], with which each window begins.
+    tasks: [B, task_dim]; window: steps between two stored hidden states; seed: of starts and noise.
+    Returns a dict of [T, B, ...] tensors, T at least the steps of the longest trial: x (the input), action,
+    logprob, value, reward, episode (its number in the trial), success, valid (1 inside the trial, 0 after);
+    and hidden [T / window, B, H], with which each window begins.
     """
     env.set_tasks(tasks)
     obs, _ = env.reset(seed=seed)
@@ -185,10 +189,11 @@ def rollout(agent, env, tasks, num_episodes, window, seed=None):
     last_reward, last_done, no_success = torch.zeros(3, env.num_envs, device=obs.device)
     episode = torch.zeros(env.num_envs, dtype=torch.int64, device=obs.device)
     steps, window_hidden = [], []
-    whole = window == num_episodes * env.horizon  # a window that is less than the trial needs all its steps
-    for step in range(num_episodes * env.horizon):
-        if whole and env.terminates and bool((episode >= num_episodes).all()):
-            break  # every trial is over
+    trial_steps = num_episodes * env.horizon
+    look_every = 10 if window == trial_steps else window  # not always: a GPU has to be waited for
+    for step in range(trial_steps):
+        if env.terminates and step % look_every == 0 and bool((episode >= num_episodes).all()):
+            break  # every trial is over; T is a multiple of a window that is less than the trial
         if step % window == 0:
             window_hidden.append(hidden[0])  # [B, H]
         # T4: where an episode has ended, obs is the next one's first observation and last_done is 1. [Fig 1]
@@ -209,7 +214,7 @@ def rollout(agent, env, tasks, num_episodes, window, seed=None):
 
 
 def gae(reward, value, valid, gamma, gae_lambda):
-    """Generalised advantage estimation over sequences whose end is the end: nothing is bootstrapped after it.
+    """Generalised advantage estimation over sequences that end for good: nothing is bootstrapped after them.
 
     reward, value, valid: [T, B]; valid is 1 for the steps of the sequence and 0 for the padding behind them.
     Returns advantage [T, B], 0 in the padding.  A_t = delta_t + gamma lambda A_{t+1}  [GAE Eq 11, 16]
@@ -274,7 +279,7 @@ def ppo_value_loss(value, ret, valid, scale):
 
 
 @torch.no_grad()
-def follow_return_scale(agent, ret, valid, rate):
+def popart_update(agent, ret, valid, rate):
     """Move the critic's unit to the moments of these returns without moving its predictions. [D3]
 
     ret, valid: [T, B]; rate: 1 takes the new moments over, less follows slowly. Changes the agent in place.
@@ -290,7 +295,10 @@ def follow_return_scale(agent, ret, valid, rate):
 
 
 def update(agent, optimizer, data, hidden, entropy_coef, args):
-    """One gradient step on whole sequences: data [T, b, ...], hidden [b, H]. Returns metrics, on device."""
+    """One gradient step on b of the sequences: data [window, b, ...], hidden [b, H]. Returns metrics, [].
+
+    hidden was stored without its gradient, so backpropagation stops where a window begins. [D6]
+    """
     policy, value, _ = agent(data["x"], hidden[None])
     logprob, valid = policy.log_prob(data["action"]), data["valid"]
     pg_loss, clipfrac = ppo_policy_loss(logprob, data["logprob"], data["advantage"], valid, args.clip)
@@ -305,18 +313,18 @@ def update(agent, optimizer, data, hidden, entropy_coef, args):
     kl = masked_mean(logratio.exp() - 1 - logratio, valid)  # KL(pi_old || pi), an estimator of low variance
     metrics = {"losses/policy": pg_loss, "losses/value": v_loss, "debug/entropy": entropy, "debug/kl": kl}
     metrics |= {"debug/clipfrac": clipfrac, "debug/grad_norm": grad_norm}
-    return {name: value.detach() for name, value in metrics.items()}
+    return {name: metric.detach() for name, metric in metrics.items()}
 
 
 def ppo_epochs(agent, optimizer, update_fn, trials, window, first, anneal, args):
-    """All gradient steps of an iteration. Returns metrics, means over its gradient steps.
+    """All gradient steps of an iteration on trials, rollout's dict. Returns metrics, means over the steps.
 
     first: is it the first one, which takes the scale of the returns over at once; anneal: falls from 1 to 0.
     """
     data, hidden = make_sequences(trials, window, args)
     error_std = masked_std(data["ret"] - data["value"], data["valid"])
     ret_std = masked_std(data["ret"], data["valid"]).clamp(min=1e-6)
-    follow_return_scale(agent, data["ret"], data["valid"], rate=1.0 if first else 0.1)
+    popart_update(agent, data["ret"], data["valid"], rate=1.0 if first else 0.1)  # .1: some ten iterations
     steps = []
     for _ in range(args.epochs):
         for index in torch.randperm(len(hidden), device=hidden.device).chunk(args.minibatches):
@@ -352,7 +360,8 @@ EVAL_SEED = 20_161_109  # of starts, noise and actions in every evaluation of ev
 def evaluate(agent, env, num_episodes):
     """Play a trial on each of env.num_envs frozen held-out tasks and average; training does not notice. [T7]
 
-    Actions are sampled, as in training: what is measured is the policy that was optimised.
+    What is held out is for the task distribution to decide: see its "test" split. Actions are
+    sampled, as in training: what is measured is the policy that was optimised.
     """
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
@@ -364,7 +373,7 @@ def evaluate(agent, env, num_episodes):
 def summarize(returns, lengths, success=None):
     """Held-out results as metrics. All [N, num_episodes]; episode 0 begins with no knowledge of the task."""
     num_tasks, num_episodes = returns.shape
-    to_error = num_tasks**-0.5  # from a standard deviation to a standard error
+    to_error = max(num_tasks - 1, 1) ** -0.5  # from the deviation in this sample to a standard error
     total, steps_before = returns.sum(1), lengths.cumsum(1) - lengths
     metrics = {"eval/return_trial": total.mean(), "eval/return_trial_se": total.std(correction=0) * to_error}
     metrics["eval/adaptation_gain"] = (returns[:, -1] - returns[:, 0]).mean()

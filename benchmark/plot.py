@@ -2,20 +2,21 @@
 
     python -m benchmark.plot RUN_DIR...  [--out curves.png]
 
-Runs of one script on one task distribution are the seeds of one curve. Left: held-out return against
-environment steps. Right: held-out return by episode on a new task, at the end. Bands are 95 %
-intervals: over seeds (Student's t) where there are several, over held-out tasks where there
-is one; the legend says which.
+Runs that differ in nothing but their seed are one curve. Left: held-out return against environment steps.
+Right: held-out return by episode on a new task, at the end. Bands are 95 % intervals: over seeds (Student's
+t) where there are several, which share their held-out tasks, so that the luck of those is not in the band;
+over held-out tasks where there is one seed. The legend says which.
 """
 
 import argparse
 import json
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import common
 
+# What may differ between the seeds of one curve; the rest of the flags is the experiment.
+NOT_THE_EXPERIMENT = "seed run_dir resume evaluate device compile track wandb_project wandb_entity save_every"
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # of n seeds
 
 
@@ -44,21 +45,38 @@ def mean_and_error(values, errors):
     spread = [
         (sum((value[i] - means[i]) ** 2 for value in values) / (count - 1)) ** 0.5 for i in range(length)
     ]
-    student = T_95.get(count, 1.96)  # three seeds are too few for the normal factor
+    student = T_95.get(count, 1.96 + 2.5 / (count - 2))  # three seeds are too few for the normal factor
     return means, [student * s / count**0.5 for s in spread]
 
 
 def group_runs(folders):
-    """Run folders -> {(script, env_id, episodes or None): [evaluated rows of one seed, ...]}."""
-    groups = defaultdict(list)
+    """Run folders -> [(script, args, [evaluated rows of one seed, ...]), ...], a group an experiment.
+
+    Exits with one line if a seed is there twice: it would be counted as two.
+    """
+    groups, seeds = {}, set()
     for folder in folders:
         args, rows = read_run(folder)
         rows = [row for row in rows if "eval/return_ep0" in row]
         if not rows:
             print(f"{folder}: no evaluation yet, left out")
             continue
-        groups[Path(folder).name.split("__")[0], args["env_id"], args.get("episodes_per_trial")].append(rows)
-    return groups
+        script = Path(folder).name.split("__")[0]
+        flags = {name: value for name, value in args.items() if name not in NOT_THE_EXPERIMENT.split()}
+        key = (script, json.dumps(flags, sort_keys=True))
+        if (key, args["seed"]) in seeds:
+            sys.exit(f"error: {folder} is seed {args['seed']} of an experiment that has it already")
+        seeds.add((key, args["seed"]))
+        groups.setdefault(key, (script, args, []))[2].append(rows)
+    return list(groups.values())
+
+
+def differing_flags(all_args):
+    """What tells several experiments apart: for each its flags that are not the same in all, as words."""
+    names = [name for name in all_args[0] if name not in NOT_THE_EXPERIMENT.split()]
+    names = [name for name in names if len({str(args.get(name)) for args in all_args}) > 1]
+    names = [name for name in names if name != "env_id"]  # the label has it anyway
+    return [" ".join(f"{name}={args.get(name)}" for name in names) for args in all_args]
 
 
 def draw_references(axes, players, at, align):
@@ -82,11 +100,13 @@ def draw(folders, out):
     if not groups:
         sys.exit("error: nothing to draw, no run has been evaluated yet")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    for (script, env_id, episodes), seeds in groups.items():
-        label = f"{script} on {env_id}, " + (
-            f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed, band over tasks"
-        )
-        steps = [row["global_step"] for row in min(seeds, key=len)]
+    flags = differing_flags([args for _, args, _ in groups])
+    for (script, args, seeds), differs in zip(groups, flags, strict=True):
+        env_id, episodes = args["env_id"], args.get("episodes_per_trial")
+        many = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed, band over tasks"
+        label = ", ".join(part for part in (f"{script} on {env_id}", differs, many) if part)
+        shortest = min(len(rows) for rows in seeds)  # where episodes end early seeds differ in steps a little
+        steps = [sum(rows[i]["global_step"] for rows in seeds) / len(seeds) for i in range(shortest)]
         curve, band = mean_and_error(
             [[row["eval/return_trial"] for row in rows] for rows in seeds],
             [[row["eval/return_trial_se"] for row in rows] for rows in seeds],

@@ -24,7 +24,9 @@ for _id, _entry, _kwargs in [
 
 
 def ids():
-    """The ids of every task distribution that is registered, ours and those added by common.register."""
+    """The ids of every task distribution that is registered: ours, those added by common.register, and
+    subclasses of TaskVectorEnv that gymnasium.register got as vector_entry_point.
+    """
     entries = {id: spec.vector_entry_point for id, spec in gym.registry.items()}
     ours = [id for id, entry in entries.items() if isinstance(entry, str) and entry.startswith("common.")]
     return sorted(

@@ -37,13 +37,14 @@ class AdaptedTasks(TaskVectorEnv):
     horizon: episodes are cut there. An id has its own limit; a callable must keep to it itself.
     get_state(vector_env) and set_state(vector_env, state): plain tensors and numbers; only with both is a
     resumed run exact.
+    num_test_tasks: size of the held-out set; evaluating on all of it takes that many inner environments.
     """
 
     terminates = True
 
     def __init__(
         self, num_envs, env, set_tasks_fn, low, high, vectorization_mode="sync", horizon=None, sample=None,
-        get_state=None, set_state=None, references=None, device="cpu", seed=None,
+        get_state=None, set_state=None, references=None, num_test_tasks=64, device="cpu", seed=None,
     ):  # fmt: skip
         if isinstance(env, str):
             if vectorization_mode not in ("sync", "async"):
@@ -63,7 +64,7 @@ class AdaptedTasks(TaskVectorEnv):
         low, high = np.atleast_1d(np.float32(low)), np.atleast_1d(np.float32(high))
         task_space = gym.spaces.Box(low, high, dtype=np.float32)
         super().__init__(num_envs, obs_space, action_space, task_space, horizon, device, seed)
-        self.references = references or {}
+        self.references, self.num_test_tasks = references or {}, num_test_tasks
         self._set_tasks_fn, self._sample = set_tasks_fn, sample
         self._get_state, self._set_state = get_state, set_state
 
@@ -147,5 +148,5 @@ class AdaptedTasks(TaskVectorEnv):
 def register(env_id, env, set_tasks_fn, low, high, **kwargs):
     """Give your own task distribution an id that every script takes. Arguments: see AdaptedTasks."""
     entry = functools.partial(AdaptedTasks, env=env, set_tasks_fn=set_tasks_fn, low=low, high=high, **kwargs)
-    entry.is_task_distribution = True
+    entry.is_task_distribution = True  # a partial hides the class that says so
     gym.register(env_id, vector_entry_point=entry)

@@ -41,6 +41,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+    is_task_distribution = True  # common.ids() lists what is registered with this class as its entry point
     references = {}  # player -> mean return of ONE episode on this distribution
     trial_references = {}  # episodes in a trial -> {player that learns within it -> mean return of the trial}
     num_test_tasks = 1000  # size of the frozen held-out set

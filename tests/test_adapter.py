@@ -8,6 +8,7 @@ from gymnasium.vector import AutoresetMode
 
 import common
 from common.adapter import AdaptedTasks
+from common.points import PointGoal
 
 torch.set_num_threads(1)
 B = 3
@@ -327,3 +328,22 @@ def test_a_registered_environment_is_made_like_ours(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no_such_module"):
         common.make("no_such_module:ModulePole-v0", num_envs=2)
     gym.registry.pop("ModulePole-v0")
+
+
+def test_the_held_out_set_has_the_size_that_was_asked_for():
+    assert adapted("CartPole-v1").num_test_tasks == 64  # each of them may be a process
+    assert adapted("CartPole-v1", num_test_tasks=5).sample_tasks(5, split="test").shape == (5, 1)
+    with pytest.raises(ValueError, match="has 5 tasks, 6 asked"):
+        adapted("CartPole-v1", num_test_tasks=5).sample_tasks(6, split="test")
+
+
+def test_a_subclass_in_pure_torch_is_registered_with_gymnasium_alone():
+    class HeavyPoints(PointGoal):
+        pass
+
+    gym.register("HeavyPoints-v0", vector_entry_point=HeavyPoints)
+    try:
+        assert "HeavyPoints-v0" in common.ids()
+        assert isinstance(common.make("HeavyPoints-v0", num_envs=3, seed=1).unwrapped, HeavyPoints)
+    finally:
+        gym.registry.pop("HeavyPoints-v0")

@@ -80,12 +80,12 @@ def test_every_entry_has_flags_that_its_script_accepts(monkeypatch):
 # ---- plot
 
 
-def write_run(parent, seed, trial, rows=2):
+def write_run(parent, seed, trial, rows=2, lr=0.01):
     """A run folder as a script leaves it, with `rows` evaluations of a trial of two pulls."""
-    folder = parent / f"rl2_ppo__Bandit5-v0__{seed}__20000101-00000{seed}"
+    folder = parent / f"rl2_ppo__Bandit5-v0__{seed}__20000101-00000{seed}-{lr}"
     folder.mkdir()
     (folder / "args.json").write_text(
-        json.dumps({"env_id": "Bandit5-v0", "seed": seed, "episodes_per_trial": 2})
+        json.dumps({"env_id": "Bandit5-v0", "seed": seed, "lr": lr, "episodes_per_trial": 2})
     )
     log = []
     for number in range(rows):
@@ -131,8 +131,18 @@ def test_plot_leaves_out_what_is_not_evaluated_and_reads_a_log_cut_in_its_last_l
     with open(whole / "metrics.jsonl", "a") as log:
         log.write('{"global_step": 30, "eval/ret')
     groups = plot.group_runs([whole, empty])
-    assert [len(rows) for (rows,) in groups.values()] == [2]
+    assert [len(rows) for _, _, (rows,) in groups] == [2]
     assert f"{empty}: no evaluation yet" in capsys.readouterr().out
+
+
+def test_only_runs_that_differ_in_nothing_but_the_seed_are_one_curve(tmp_path):
+    folders = [write_run(tmp_path, seed, 1.0, lr=lr) for seed in (1, 2) for lr in (0.01, 0.02)]
+    groups = plot.group_runs(folders)
+    assert [len(seeds) for _, _, seeds in groups] == [2, 2]
+    assert plot.differing_flags([args for _, args, _ in groups]) == ["lr=0.01", "lr=0.02"]
+    assert plot.differing_flags([groups[0][1]]) == [""]
+    with pytest.raises(SystemExit, match="seed 1 of an experiment that has it already"):
+        plot.group_runs([*folders, folders[0]])
 
 
 def test_plot_says_in_one_line_what_is_not_a_run_folder(tmp_path):
