@@ -102,6 +102,9 @@ def test_intervals_over_seeds_are_students_and_over_the_tasks_of_one_seed_normal
     mean, band = plot.mean_and_error([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]], [[9.0, 9.0]] * 3)
     assert mean == [2.0, 5.0]
     assert band == pytest.approx([4.303 / 3**0.5, 0.0], abs=2e-3)  # std 1; t of two degrees of freedom
+    seeds = [[float(i % 2)] for i in range(11)]  # beyond the table: t of ten degrees of freedom is 2.228
+    deviation = (5 * 6 / 11 / 10) ** 0.5
+    assert plot.mean_and_error(seeds, seeds)[1] == pytest.approx([2.228 * deviation / 11**0.5], rel=0.01)
     mean, band = plot.mean_and_error([[1.0, 5.0]], [[0.5, 1.0]])
     assert (mean, band) == ([1.0, 5.0], pytest.approx([0.98, 1.96]))
 
