@@ -19,6 +19,14 @@ for _id, _entry, _kwargs in [
     ("PointGoal-v0", "common.points:PointGoal", {}),
     ("PointRobot-v0", "common.points:PointRobot", {}),
     ("SparsePointGoal-v0", "common.points:SparsePointGoal", {}),
+    ("HalfCheetahDir-v0", "common.locomotion:HalfCheetahDir", {}),
+    ("HalfCheetahVel-v0", "common.locomotion:HalfCheetahVel", {}),
+    ("AntDir-v0", "common.locomotion:AntDir", {}),
+    ("AntVel-v0", "common.locomotion:AntVel", {}),
+    ("AntGoal-v0", "common.locomotion:AntGoal", {}),
+    ("HumanoidDir-v0", "common.locomotion:HumanoidDir", {}),
+    ("Walker2dRandParams-v0", "common.locomotion:Walker2dRandParams", {}),
+    ("HopperRandParams-v0", "common.locomotion:HopperRandParams", {}),
 ]:
     gym.register(_id, vector_entry_point=_entry, kwargs=_kwargs)
 

@@ -1,6 +1,7 @@
 """What every task distribution promises, and each family against a naive version of its definition."""
 
 import collections
+import importlib.util
 
 import gymnasium as gym
 import numpy as np
@@ -17,8 +18,16 @@ IDS = [
     for id in common.ids()
     if gym.spec(id).kwargs is not None and isinstance(gym.spec(id).vector_entry_point, str)
 ]
+LOCOMOTION = [id for id in IDS if gym.spec(id).vector_entry_point.startswith("common.locomotion:")]
+if importlib.util.find_spec("mujoco") is None:
+    IDS = [id for id in IDS if id not in LOCOMOTION]
 every_id = pytest.mark.parametrize("env_id", IDS)
 B = 6
+
+
+def make(env_id, **kwargs):
+    """common.make, with episodes of 20 steps where steps are slow."""
+    return common.make(env_id, **kwargs, **({"horizon": 20} if env_id in LOCOMOTION else {}))
 
 
 def actions(env, steps, seed=0):
@@ -47,7 +56,7 @@ def same(left, right):
 
 @every_id
 def test_spaces_shapes_and_dtypes_are_what_the_contract_says(env_id):
-    env = common.make(env_id, num_envs=B, seed=0)
+    env = make(env_id, num_envs=B, seed=0)
     assert isinstance(env, gym.vector.VectorEnv) and env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     assert env.spec.id == env_id and env.horizon >= 1 and env.num_envs == B
     tasks = env.sample_tasks(7)
@@ -71,7 +80,7 @@ def test_spaces_shapes_and_dtypes_are_what_the_contract_says(env_id):
 def test_every_returned_tensor_may_be_overwritten_by_the_caller(env_id):
     runs = []
     for vandal in (False, True):
-        env = common.make(env_id, num_envs=B, seed=0)
+        env = make(env_id, num_envs=B, seed=0)
         tasks = env.sample_tasks(B)
         env.set_tasks(tasks)
         out = [env.reset(seed=0)[0].clone()]
@@ -91,7 +100,7 @@ def test_every_returned_tensor_may_be_overwritten_by_the_caller(env_id):
 
 @every_id
 def test_after_an_episodes_end_obs_is_a_first_observation_and_the_task_stays(env_id):
-    env = common.make(env_id, num_envs=B, seed=0)
+    env = make(env_id, num_envs=B, seed=0)
     tasks = env.sample_tasks(B)
     env.set_tasks(tasks)
     first, _ = env.reset(seed=0)
@@ -101,14 +110,14 @@ def test_after_an_episodes_end_obs_is_a_first_observation_and_the_task_stays(env
     assert torch.equal(steps["obs"][~ended], steps["final_obs"][~ended])
     if env_id == "PointRobot-v0":
         assert (steps["obs"][ended].abs() <= 1).all()  # its starts are random
-    else:
+    elif env_id not in LOCOMOTION:  # as are these; tests/test_locomotion.py looks at them
         assert torch.equal(steps["obs"][ended], first.expand(len(ended), *first.shape)[ended])
     assert torch.equal(env.state_dict()["_task"], tasks)
 
 
 @every_id
 def test_no_episode_outlives_the_horizon_and_only_time_truncates(env_id):
-    env = common.make(env_id, num_envs=B, seed=0)
+    env = make(env_id, num_envs=B, seed=0)
     env.reset(seed=0)
     steps = play(env, 3 * env.horizon)
     assert not (steps["terminated"] & steps["truncated"]).any()
@@ -125,7 +134,7 @@ def test_no_episode_outlives_the_horizon_and_only_time_truncates(env_id):
 
 @every_id
 def test_new_tasks_wait_for_the_reset_and_a_step_before_it_raises(env_id):
-    env = common.make(env_id, num_envs=B, seed=0)
+    env = make(env_id, num_envs=B, seed=0)
     action = actions(env, 1)[0]
     with pytest.raises(gym.error.ResetNeeded):
         env.step(action)
@@ -144,7 +153,7 @@ def test_new_tasks_wait_for_the_reset_and_a_step_before_it_raises(env_id):
 
 @every_id
 def test_two_environments_given_the_same_row_are_the_same_mdp(env_id):
-    left, right = common.make(env_id, num_envs=B, seed=1), common.make(env_id, num_envs=B, seed=2)
+    left, right = make(env_id, num_envs=B, seed=1), make(env_id, num_envs=B, seed=2)
     row = left.sample_tasks(1)
     left.sample_tasks(9), right.set_tasks(row.expand(B, -1)), left.set_tasks(row.expand(B, -1))
     assert torch.equal(left.reset(seed=3)[0], right.reset(seed=3)[0])
@@ -154,7 +163,7 @@ def test_two_environments_given_the_same_row_are_the_same_mdp(env_id):
 @every_id
 def test_construction_seeds_the_tasks_and_reset_seeds_the_dynamics(env_id):
     def run(construction, dynamics):
-        env = common.make(env_id, num_envs=B, seed=construction)
+        env = make(env_id, num_envs=B, seed=construction)
         tasks = env.sample_tasks(B)
         obs, _ = env.reset(seed=dynamics)
         fresh = env.state_dict()["_task"]  # with no tasks set, reset draws training tasks
@@ -167,14 +176,14 @@ def test_construction_seeds_the_tasks_and_reset_seeds_the_dynamics(env_id):
     )
     assert not torch.equal(base["tasks"], other_tasks["tasks"])
     # the others are deterministic
-    if env_id.startswith("Bandit") or env_id in ("TabularMDP-v0", "PointRobot-v0"):
+    if env_id.startswith("Bandit") or env_id in ("TabularMDP-v0", "PointRobot-v0", *LOCOMOTION):
         assert not same(base, other_dynamics)
 
 
 @every_id
 def test_global_random_states_are_neither_read_nor_written(env_id):
     def run():
-        env = common.make(env_id, num_envs=B, seed=0)
+        env = make(env_id, num_envs=B, seed=0)
         return {
             "train": env.sample_tasks(5),
             "test": env.sample_tasks(5, "test"),
@@ -206,30 +215,30 @@ def test_reward_noise_does_not_repeat_the_draw_of_the_task(seed):
 
 @every_id
 def test_the_held_out_set_is_frozen_and_no_training_seed_repeats_it(env_id):
-    env = common.make(env_id, num_envs=2, seed=3)
+    env = make(env_id, num_envs=2, seed=3)
     held_out = env.sample_tasks(env.num_test_tasks, split="test")
     env.reset(seed=5), play(env, 3), env.sample_tasks(11)
-    other = common.make(env_id, num_envs=5, seed=4)
+    other = make(env_id, num_envs=5, seed=4)
     assert torch.equal(held_out[:10], other.sample_tasks(10, split="test"))
     assert torch.equal(held_out, env.sample_tasks(env.num_test_tasks, split="test"))
     with pytest.raises(ValueError, match="held-out set has"):
         env.sample_tasks(env.num_test_tasks + 1, split="test")
     with pytest.raises(ValueError, match="'train' or 'test'"):
         env.sample_tasks(1, split="validation")
-    if env_id == "GridNavi-v0":
-        # all 21 goals, and it says so
+    if env_id in ("GridNavi-v0", "HalfCheetahDir-v0", "AntDir-v0"):
+        # all tasks, and they say so
         assert set(map(tuple, held_out.tolist())) == set(map(tuple, env.sample_tasks(999).tolist()))
         return
     known = set(map(tuple, held_out[:1000].tolist()))
     assert len(known) > 990
     for seed in (0, 7, SEEDS - 1):
-        training = common.make(env_id, num_envs=2, seed=seed).sample_tasks(1000)
+        training = make(env_id, num_envs=2, seed=seed).sample_tasks(1000)
         assert known.isdisjoint(map(tuple, training.tolist()))
 
 
 @every_id
 def test_a_resumed_environment_continues_bit_for_bit_from_the_middle_of_an_episode(env_id, tmp_path):
-    env = common.make(env_id, num_envs=B, seed=0)
+    env = make(env_id, num_envs=B, seed=0)
     env.set_tasks(env.sample_tasks(B))
     env.reset(seed=0)
     play(env, env.horizon + env.horizon // 2)
@@ -239,17 +248,17 @@ def test_a_resumed_environment_continues_bit_for_bit_from_the_middle_of_an_episo
     expected, tasks = play(env, 2 * env.horizon, seed=1), env.sample_tasks(4)
     # a state once taken does not move
     assert all(torch.equal(saved[name], copy) for name, copy in copies.items())
-    other = common.make(env_id, num_envs=B, seed=77)
+    other = make(env_id, num_envs=B, seed=77)
     other.reset(seed=5)
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert same(expected, play(other, 2 * env.horizon, seed=1)) and torch.equal(tasks, other.sample_tasks(4))
     with pytest.raises(ValueError, match="this state has tasks"):
-        common.make(env_id, num_envs=B + 1).load_state_dict(saved)
+        make(env_id, num_envs=B + 1).load_state_dict(saved)
 
 
 @every_id
 def test_announced_tasks_survive_a_resume(env_id):
-    env, other = common.make(env_id, num_envs=B, seed=0), common.make(env_id, num_envs=B, seed=1)
+    env, other = make(env_id, num_envs=B, seed=0), make(env_id, num_envs=B, seed=1)
     other.load_state_dict(env.state_dict())  # even before anything has happened
     env.reset(seed=0)
     env.set_tasks(env.sample_tasks(B))
