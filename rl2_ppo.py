@@ -92,7 +92,7 @@ class Args:
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
     total_timesteps: int = 6_400_000  # environment steps in all, those spent on adapting to a task too
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
-    compile: bool = False  # torch.compile losses and optimiser (the GRU stays as it is): may pay on a GPU
+    compile: bool = False  # torch.compile what main passes on as a function: may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
     wandb_project: str = "onefile-meta-rl"  # W&B project
     wandb_entity: str = ""  # W&B user or team; empty: your default one
@@ -368,24 +368,29 @@ def evaluate(agent, env, num_episodes):
         torch.manual_seed(EVAL_SEED)
         tasks = env.sample_tasks(env.num_envs, split="test")
         returns, lengths, success = adapt(agent, env, tasks, num_episodes, seed=EVAL_SEED)
-    return summarize(returns, lengths, success if env.has_success else None)
+    metrics, total = summarize(returns, lengths, success if env.has_success else None), returns.sum(1)
+    metrics["eval/return_trial"] = float(total.mean())
+    metrics["eval/return_trial_se"] = float(total.std(correction=0)) * max(len(total) - 1, 1) ** -0.5
+    return metrics
 
 
 def summarize(returns, lengths, success=None):
-    """Held-out results as metrics. All [N, num_episodes]; episode 0 begins with no knowledge of the task."""
-    num_tasks, num_episodes = returns.shape
+    """Held-out results as metrics. All [N, stages]; stage 0 begins with no knowledge of the task.
+
+    A stage is what lies between two looks at an adapting agent. lengths: in environment steps.
+    """
+    num_tasks, num_stages = returns.shape
     to_error = max(num_tasks - 1, 1) ** -0.5  # from the deviation in this sample to a standard error
-    total, steps_before = returns.sum(1), lengths.cumsum(1) - lengths
-    metrics = {"eval/return_trial": total.mean(), "eval/return_trial_se": total.std(correction=0) * to_error}
-    metrics["eval/adaptation_gain"] = (returns[:, -1] - returns[:, 0]).mean()
-    stride = max(1, num_episodes // 10)  # of a hundred pulls, every tenth will do
-    for episode in sorted({*range(min(2, num_episodes)), *range(0, num_episodes, stride), num_episodes - 1}):
-        metrics[f"eval/return_ep{episode}"] = returns[:, episode].mean()
-        metrics[f"eval/return_se_ep{episode}"] = returns[:, episode].std(correction=0) * to_error
-        metrics[f"eval/adapt_steps_ep{episode}"] = steps_before[:, episode].mean()
-        metrics[f"eval/length_ep{episode}"] = lengths[:, episode].mean()
+    steps_before = lengths.cumsum(1) - lengths
+    metrics = {"eval/adaptation_gain": (returns[:, -1] - returns[:, 0]).mean()}
+    stride = max(1, num_stages // 10)  # of a hundred pulls, every tenth will do
+    for stage in sorted({*range(min(2, num_stages)), *range(0, num_stages, stride), num_stages - 1}):
+        metrics[f"eval/return_ep{stage}"] = returns[:, stage].mean()
+        metrics[f"eval/return_se_ep{stage}"] = returns[:, stage].std(correction=0) * to_error
+        metrics[f"eval/adapt_steps_ep{stage}"] = steps_before[:, stage].mean()
+        metrics[f"eval/length_ep{stage}"] = lengths[:, stage].mean()
         if success is not None:
-            metrics[f"eval/success_ep{episode}"] = success[:, episode].mean()
+            metrics[f"eval/success_ep{stage}"] = success[:, stage].mean()
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -563,18 +568,23 @@ def save_checkpoint(run, args, modules, iteration, global_step):
     run["unsent"].clear()
 
 
-def print_report(env, metrics):
-    """The held-out result as a small table, beside the references that the task distribution knows."""
-    episodes = [int(key[14:]) for key in metrics if key.startswith("eval/return_ep")]
+def print_report(env, metrics, num_tasks, stage):
+    """The held-out result as a small table, beside the references that the task distribution knows.
+
+    stage: what the numbers in eval/return_ep0, ep1, ... count.
+    """
+    stages = [int(key[14:]) for key in metrics if key.startswith("eval/return_ep")]
     columns = [c for c in ("adapt_steps", "return", "return_se", "success") if f"eval/{c}_ep0" in metrics]
-    print(f"\n{env.spec.id}: {env.num_envs} held-out tasks")
-    print("".join(f"{column:>14}" for column in ("episode", *columns)))
-    for episode in episodes:
-        cells = [f"{metrics[f'eval/{key}_ep{episode}']:14.3f}" for key in columns]
-        print(f"{episode:14d}" + "".join(cells))
-    total, error = metrics["eval/return_trial"], metrics["eval/return_trial_se"]
-    print(f"sum over the trial: {total:.3f} +- {error:.3f} (standard error)")
-    tables = {"an episode": env.references, "the trial": env.trial_references.get(episodes[-1] + 1, {})}
+    print(f"\n{env.spec.id}: {num_tasks} held-out tasks")
+    print("".join(f"{column:>14}" for column in (stage, *columns)))
+    for number in stages:
+        cells = [f"{metrics[f'eval/{key}_ep{number}']:14.3f}" for key in columns]
+        print(f"{number:14d}" + "".join(cells))
+    tables = {"an episode": env.references}
+    if "eval/return_trial" in metrics:
+        total, error = metrics["eval/return_trial"], metrics["eval/return_trial_se"]
+        print(f"sum over the trial: {total:.3f} +- {error:.3f} (standard error)")
+        tables["the trial"] = env.trial_references.get(stages[-1] + 1, {})
     for what, players in tables.items():
         for player, value in players.items():
             print(f"reference, {what}: {player} {value:.3f}")
@@ -611,7 +621,7 @@ def main(argv=None):
     modules = {"agent": agent, "optimizer": optimizer, "env": env}  # all that has a state
     if args.evaluate:
         restore(checkpoint, {"agent": agent})
-        print_report(eval_env, evaluate(agent, eval_env, args.episodes_per_trial))
+        print_report(eval_env, evaluate(agent, eval_env, args.episodes_per_trial), num_tasks, "episode")
         return
 
     trial_steps = args.episodes_per_trial * env.horizon
@@ -656,7 +666,8 @@ def main(argv=None):
 
     if run["wandb"] is not None:
         run["wandb"].finish()
-    print_report(eval_env, report or evaluate(agent, eval_env, args.episodes_per_trial))
+    report = report or evaluate(agent, eval_env, args.episodes_per_trial)
+    print_report(eval_env, report, num_tasks, "episode")
     print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
 
 

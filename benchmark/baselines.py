@@ -6,6 +6,7 @@ held against.
     python -m benchmark.baselines gridnavi     # all of the 21 goals
     python -m benchmark.baselines maze         # 1,000 held-out mazes, a minute
     python -m benchmark.baselines points
+    python -m benchmark.baselines locomotion   # needs mujoco; four minutes
     python -m benchmark.baselines all --tasks 500
 
 Each prints a table with standard errors beside the paper's numbers, then the dict literal that stands in
@@ -18,6 +19,7 @@ import functools
 import itertools
 import math
 
+import gymnasium as gym
 import torch
 
 import common
@@ -769,11 +771,47 @@ def points(num_tasks=1000, starts=10):
     print_literal("REFERENCES", constants, 3)
 
 
-# ================================ 6. Main ================================
+# ============================= 6. Locomotion =============================
+
+
+def play_locomotion(env, tasks, player):
+    """Returns of one episode [B]. player: random, uniform in the action box, or still, all zeros."""
+    env.set_tasks(tasks)
+    env.reset(seed=SEED)
+    generator, high = torch.Generator().manual_seed(SEED), float(env.single_action_space.high[0])
+    size = (env.num_envs, *env.single_action_space.shape)
+    total, alive = torch.zeros(env.num_envs), torch.ones(env.num_envs)
+    for _ in range(env.horizon):
+        action = high * (2 * torch.rand(size, generator=generator) - 1)
+        _, reward, terminated, truncated, _ = env.step(action if player == "random" else 0 * action)
+        total += alive * reward
+        alive *= ~(terminated | truncated)
+    return total
+
+
+def locomotion(num_tasks=40, starts=20):
+    constants = {}
+    for env_id in common.ids():
+        if not str(gym.spec(env_id).vector_entry_point).startswith("common.locomotion"):
+            continue
+        env = common.make(env_id, num_envs=num_tasks * starts, seed=SEED)
+        tasks = env.sample_tasks(num_tasks, split="test").repeat_interleave(starts, 0)
+        players = ("random", "still")
+        results = {
+            name: play_locomotion(env, tasks, name).view(num_tasks, starts).mean(1) for name in players
+        }
+        rows = [(player, [mean_and_error(returns)]) for player, returns in results.items()]
+        print_table(f"{env_id}, horizon {env.horizon}, {num_tasks} tasks", ["player", "return"], rows)
+        constants[env_id] = {player: returns.mean().item() for player, returns in results.items()}
+    print_literal("REFERENCES", constants, 1)
+
+
+# ================================ 7. Main ================================
 
 
 def main():
     families = {"bandits": bandits, "tabular": tabular, "gridnavi": gridnavi, "maze": maze, "points": points}
+    families["locomotion"] = locomotion
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

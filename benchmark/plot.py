@@ -2,9 +2,10 @@
 
     python -m benchmark.plot RUN_DIR...  [--out curves.png]
 
-Runs that differ in nothing but their seed are one curve. Left: held-out return against environment steps.
-Right: held-out return by episode on a new task, at the end. Bands are 95 % intervals: over seeds (Student's
-t) where there are several, which share their held-out tasks, so that the luck of those is not in the band;
+Runs that differ in nothing but their seed are one curve. Left: held-out return against environment steps:
+of the trial, or where an agent adapts by gradient steps, after as many as it was trained with (at least 1).
+Right: held-out return by episode or gradient step on a new task, at the end. Bands are 95 % intervals: over
+seeds (Student's t) where there are several, which share their held-out tasks, so that luck is not in it;
 over held-out tasks where there is one seed. The legend says which.
 """
 
@@ -89,6 +90,14 @@ def draw_references(axes, players, at, align):
             drawn.append(value)
 
 
+def headline(args, row):
+    """What a run is judged by: key of the return, of its standard error, and in words."""
+    if "eval/return_trial" in row:
+        return "eval/return_trial", "eval/return_trial_se", "sum over the trial"
+    steps = max(1, args["inner_steps"])
+    return f"eval/return_ep{steps}", f"eval/return_se_ep{steps}", f"gradient steps: {steps}"
+
+
 def draw(folders, out):
     """Draw the two panels for these run folders into the file out."""
     import matplotlib
@@ -107,9 +116,9 @@ def draw(folders, out):
         label = ", ".join(part for part in (f"{script} on {env_id}", differs, many) if part)
         shortest = min(len(rows) for rows in seeds)  # where episodes end early seeds differ in steps a little
         steps = [sum(rows[i]["global_step"] for rows in seeds) / len(seeds) for i in range(shortest)]
+        key, error, words = headline(args, seeds[0][-1])
         curve, band = mean_and_error(
-            [[row["eval/return_trial"] for row in rows] for rows in seeds],
-            [[row["eval/return_trial_se"] for row in rows] for rows in seeds],
+            [[row[key] for row in rows] for rows in seeds], [[row[error] for row in rows] for rows in seeds]
         )
         (line,) = left.plot(steps, curve, label=label)
         low, high = zip(*[(c - b, c + b) for c, b in zip(curve, band, strict=True)], strict=True)
@@ -124,8 +133,9 @@ def draw(folders, out):
         env = common.make(env_id, num_envs=1, seed=0)
         draw_references(left, env.trial_references.get(episodes, {}), at=steps[-1], align="right")
         draw_references(right, env.references, at=numbers[0], align="left")
-    left.set(xlabel="environment steps (all of them)", ylabel="held-out return, sum over the trial")
-    right.set(xlabel="episode on a new task", ylabel="held-out return of the episode")
+    left.set(xlabel="environment steps (all of them)", ylabel=f"held-out return, {words}")
+    stage = "episode" if words == "sum over the trial" else "gradient steps"
+    right.set(xlabel=f"{stage} on a new task", ylabel="held-out return of an episode")
     left.legend(fontsize=7, loc="center right")
     figure.savefig(out, dpi=130)
     print(f"wrote {out}")

@@ -43,6 +43,9 @@ ENTRIES = {
     "rl2_bandit5_n100": ("rl2_ppo.py", N100, (1,), 40, "Gittins 78.3, paper 78.7"),
     "rl2_bandit10_n100": ("rl2_ppo.py", f"--env-id Bandit10-v0 {N100}", (1,), 40, "Gittins 82.8, paper 83.5"),
     "rl2_gridnavi": ("rl2_ppo.py", GRIDNAVI, (1, 2, 3), 5, "path to the known goal 11.07 an episode"),
+    "maml_pointgoal": ("maml_trpo.py", "", (1, 2, 3), 5, "paper -40.4, -11.7, -3.33, -3.23"),
+    "maml_pointgoal_pretrained": ("maml_trpo.py", "--inner-steps 0", (1, 2, 3), 3, "below MAML"),
+    "maml_pointgoal_told": ("maml_trpo.py", "--inner-steps 0 --oracle", (1, 2, 3), 3, "paper -2.29"),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }
 
@@ -93,9 +96,9 @@ def summarize(name, folders):
         writer.writeheader()
         writer.writerows(rows)
     for row in rows:
-        print(
-            f"{name} seed {row['seed']}: {row['eval/return_trial']:.3f} +- {row['eval/return_trial_se']:.3f}"
-        )
+        stages = [row[key] for key in row if key.startswith("eval/return_ep")]
+        trial = f", sum {row['eval/return_trial']:.3f}" if "eval/return_trial" in row else ""
+        print(f"{name} seed {row['seed']}: {', '.join(f'{value:.3f}' for value in stages)}{trial}")
 
 
 def main():

@@ -1,6 +1,6 @@
 """How fast the scripts are, where the time goes, and how far that is from the raw limit, measured in one run.
 
-    python -m benchmark.throughput [envs] [rl2] [--device cpu|cuda] [--threads N]
+    python -m benchmark.throughput [envs] [physics] [rl2] [maml] [--device cpu|cuda] [--threads N]
 
 Every figure is a median over repetitions after a burn-in. Peers' figures were measured by us on another
 machine of two cores, so a ratio to them says an order of magnitude; ratios inside a run are good to a few %.
@@ -12,12 +12,15 @@ import platform
 import statistics
 import time
 
+import gymnasium as gym
 import torch
 
 import common
+import maml_trpo
 import rl2_ppo
 
 VARIBAD_GRIDNAVI_SPS = 763  # env steps/s of varibad's RL^2 on GridNavi, end to end, two cores without a GPU
+MAML_RL_SECONDS = {"PointGoal-v0": 4.46, "HalfCheetahDir-v0": 32.5}  # a meta-iteration of pytorch-maml-rl
 
 
 def microseconds(step, device):
@@ -76,6 +79,8 @@ def env_steps(device, counts=(64, 1024, 16384)):
     )
     bare = bare_steps(1024, device)
     for env_id in common.ids():
+        if is_physics(env_id):
+            continue
         cells = []
         for count in counts:
             env = common.make(env_id, count, device=device, seed=1)
@@ -88,6 +93,71 @@ def env_steps(device, counts=(64, 1024, 16384)):
             raw = microseconds(bare[env_id], device)
             ratio = f"   {cells[counts.index(1024)] / raw:.1f} times {raw:.0f}"
         print(f"{env_id:>22}" + "".join(f"{cell:10.0f}" for cell in cells) + ratio)
+
+
+def is_physics(env_id):
+    """Is it one of MuJoCo's bodies?"""
+    return str(gym.spec(env_id).vector_entry_point).startswith("common.locomotion")
+
+
+def physics(device, repeats=7):
+    """Env steps/s of the locomotion tasks, and the share that the bare physics has of that time.
+
+    The two take turns in the same environment, since the physics costs more or less as the bodies move.
+    """
+    print(f"\n{'worlds':>30}   env steps/s   the bare physics' share of the time")
+    for env_id in filter(is_physics, common.ids()):
+        for count in (8192, 800) if env_id.startswith("HalfCheetah") else (800,):
+            env = common.make(env_id, count, device=device, seed=1)
+            env.reset(seed=1)
+            high = float(env.single_action_space.high[0])
+            size, seconds = (count, *env.single_action_space.shape), {"step": [], "bare": []}
+            for _ in range(repeats + 2):
+                action = high * (2 * torch.rand(size, device=device) - 1)
+                arrays = action.cpu().double().numpy()
+                for what, call in (
+                    ("step", lambda env=env, action=action: env.step(action)),
+                    ("bare", lambda env=env, arrays=arrays: env.unwrapped.step_physics(arrays)),
+                ):
+                    start = rl2_ppo.clock(torch.device(device))
+                    call()
+                    seconds[what].append(rl2_ppo.clock(torch.device(device)) - start)
+            step, bare = (statistics.median(seconds[what][2:]) for what in ("step", "bare"))
+            print(f"{env_id:>22}{count:8d}{count / step:14,.0f}{bare / step:10.0%}")
+
+
+def maml(device, env_id, repeats=5, **flags):
+    """Seconds of a meta-iteration of maml_trpo.py by stage, and how much of the update is matrix products."""
+    device = torch.device(device)
+    args = dataclasses.replace(maml_trpo.Args(), env_id=env_id, **flags)
+    torch.manual_seed(0)
+    env = common.make(env_id, args.num_tasks * args.episodes_per_task, device=device, seed=0)
+    obs_dim, space = env.single_observation_space.shape[0], env.single_action_space
+    policy = maml_trpo.Policy(obs_dim, space, args.hidden_size, args.init_std).to(device)
+    seconds = {"play and adapt": [], "update": []}
+    for _ in range(repeats + 1):
+        start = maml_trpo.clock(device)
+        step_sizes = [args.inner_lr] * args.inner_steps
+        tasks = env.sample_tasks(args.num_tasks)
+        *inner, outer = maml_trpo.adapt(policy, maml_trpo.act, env, tasks, step_sizes, args)
+        played = maml_trpo.clock(device)
+        maml_trpo.update(policy, inner, outer, args)
+        seconds["play and adapt"].append(played - start)
+        seconds["update"].append(maml_trpo.clock(device) - played)
+    seconds = {stage: statistics.median(times[1:]) for stage, times in seconds.items()}
+    steps = (args.inner_steps + 1) * env.num_envs * env.horizon
+    total = sum(seconds.values())
+    print(f"\nmaml_trpo.py on {env_id}: {args.num_tasks} tasks x {args.episodes_per_task} episodes, {device}")
+    print("  seconds: " + ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items()))
+    print(f"  {total:.2f} s a meta-iteration, {steps / total:,.0f} env steps/s; {steps} of them")
+    peer = MAML_RL_SECONDS[env_id]
+    print(f"  pytorch-maml-rl, measured by us on another two cores: {peer} s, {peer / total:.1f} times that")
+    with torch.profiler.profile() as profile:
+        maml_trpo.update(policy, inner, outer, args)
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    products = sum(times.get(f"aten::{name}", 0) for name in ("baddbmm", "bmm", "mm", "addmm", "matmul"))
+    if device.type == "cpu":
+        print(f"  matrix products are {products / sum(times.values()):.0%} of the update")
 
 
 def gru_seconds(args, inputs, steps, device, repeats):
@@ -147,7 +217,7 @@ def rl2(device, env_id, repeats=7, compiled=False, **flags):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", help="envs, rl2; nothing: all")
+    parser.add_argument("what", nargs="*", help="envs, physics, rl2, maml; nothing: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's own choice")
     options = parser.parse_args()
@@ -155,9 +225,16 @@ def main():
         torch.set_num_threads(options.threads)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.machine()}, {name}")
-    what = set(options.what) or {"envs", "rl2"}
+    what = set(options.what) or {"envs", "physics", "rl2", "maml"}
     if "envs" in what:
         env_steps(options.device)
+    if "physics" in what:
+        physics(options.device)
+    if "maml" in what:
+        for fraction in (1.0, 0.25):
+            print(f"\nFisher products over {fraction:.0%} of the tasks")
+            maml(options.device, "PointGoal-v0", fisher_fraction=fraction)
+            maml(options.device, "HalfCheetahDir-v0", num_tasks=40, fisher_fraction=fraction)
     if "rl2" in what:
         sps = rl2(options.device, "GridNavi-v0", **GRIDNAVI)
         print(f"  {sps / VARIBAD_GRIDNAVI_SPS:.0f} times varibad's {VARIBAD_GRIDNAVI_SPS} env steps/s")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import common
-from benchmark import plot, reproduce, throughput
+import maml_trpo
+from benchmark import plot, reproduce, throughput, trajectories
 
 TINY = (
     "--num-envs 8 --episodes-per-trial 3 --hidden-size 8 --total-timesteps 48 --eval-every 1 --eval-tasks 16"
@@ -169,3 +170,42 @@ def test_the_bare_dynamics_are_those_of_the_environments():
     assert reward.var().item() == pytest.approx(2.0, abs=0.3)  # of the means and of the noise
     position, reward, near = bare["PointGoal-v0"]()
     assert position.shape == (4096, 2) and reward.max() <= 0 and near.dtype == torch.bool
+
+
+# ---- MAML's pictures
+
+
+def tiny_maml(folder, env_id="PointGoal-v0"):
+    flags = (
+        "--num-tasks 2 --episodes-per-task 3 --eval-episodes 3 --eval-tasks 3 --hidden-size 8 --cg-steps 2"
+    )
+    maml_trpo.main(
+        [*flags.split(), "--env-id", env_id, "--total-timesteps", "1200", "--run-dir", str(folder)]
+    )
+    (run,) = folder.glob("maml_trpo__*")
+    return run
+
+
+def test_trajectories_are_of_the_held_out_tasks_that_the_run_was_evaluated_on(tmp_path, monkeypatch):
+    run = tiny_maml(tmp_path)
+    batches, tasks = trajectories.play(run, 3)
+    assert torch.equal(tasks, common.make("PointGoal-v0", 1).sample_tasks(3, split="test"))
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    for stage, batch in enumerate(batches):  # the same tasks, weights and noise give the same returns
+        assert maml_trpo.returns_of(batch).mean().item() == pytest.approx(
+            last[f"eval/return_ep{stage}"], abs=1e-3
+        )
+    pytest.importorskip("matplotlib")
+    trajectories.draw(run, 2, tmp_path / "paths.png")
+    assert (tmp_path / "paths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_gradient_learner_is_judged_after_as_many_steps_as_it_was_trained_with(tmp_path):
+    run = tiny_maml(tmp_path)
+    ((_, args, (rows,)),) = plot.group_runs([run])
+    for inner_steps, key in ((0, "eval/return_ep1"), (1, "eval/return_ep1"), (2, "eval/return_ep2")):
+        found, error, _ = plot.headline({**args, "inner_steps": inner_steps}, rows[-1])
+        assert found == key and error in rows[-1]
+    pytest.importorskip("matplotlib")
+    plot.draw([run], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -27,38 +27,52 @@ import pytest
 import torch
 from conftest import ROOT, script
 
-rl2 = script("rl2_ppo")
-TINY = [
-    "--num-envs",
-    "16",
-    "--hidden-size",
-    "8",
-    "--epochs",
-    "1",
-    "--minibatches",
-    "2",
-    "--episodes-per-trial",
-    "3",
-]
-TINY += ["--eval-tasks", "20", "--eval-every", "2", "--save-every", "2", "--device", "cpu"]
-STEPS = 48  # of an iteration: 16 environments, 3 pulls
+
+class Job:
+    """A script and a tiny job for it on Bandit5, of which an iteration takes `steps` environment steps."""
+
+    def __init__(self, name, steps, flags, policy):
+        self.name, self.steps, self.policy, self.module = name, steps, policy, script(name)
+        self.tiny = (
+            f"{flags} --hidden-size 8 --eval-tasks 20 --eval-every 2 --save-every 2 --device cpu".split()
+        )
+
+
+JOBS = {
+    job.name: job
+    for job in (
+        Job("rl2_ppo", 48, "--num-envs 16 --epochs 1 --minibatches 2 --episodes-per-trial 3", "agent"),
+        Job(
+            "maml_trpo",
+            24,
+            "--num-tasks 3 --episodes-per-task 4 --eval-episodes 4 --env-id Bandit5-v0",
+            "policy",
+        ),
+    )
+}
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
 )  # for the server
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["rl2_ppo", "torch._dynamo", "conftest", "test_plumbing"]
+    [*JOBS, "torch._dynamo", "conftest", "test_plumbing"]
 )  # what a first update imports, too
 
 
-def train(folder, iterations=6, *flags):
+@pytest.fixture(scope="module", params=JOBS)
+def job(request):
+    return JOBS[request.param]
+
+
+def train(job, folder, iterations=6, *flags):
     """A run in this process. Returns its folder."""
-    rl2.main([*TINY, "--total-timesteps", str(STEPS * iterations), "--run-dir", str(folder), *flags])
+    steps = str(job.steps * iterations)
+    job.module.main([*job.tiny, "--total-timesteps", steps, "--run-dir", str(folder), *flags])
     return only_run(folder)
 
 
 def only_run(folder):
-    (run,) = Path(folder).glob("rl2_ppo__*")
+    (run,) = Path(folder).glob("*__*__*")
     return run
 
 
@@ -122,7 +136,7 @@ def one_line(call, *arguments):
 # ---- runs in processes of their own
 
 
-def run_main(argv, errors=None, environ=None, kill=None, max_file=None):
+def run_main(name, argv, errors=None, environ=None, kill=None, max_file=None):
     """What a child does. kill: (module, function, n, moment), SIGKILL itself at the n-th call of it."""
     with open(errors or os.devnull, "w") as handle:
         os.dup2(handle.fileno(), 2)
@@ -134,7 +148,7 @@ def run_main(argv, errors=None, environ=None, kill=None, max_file=None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file, max_file))
     if kill:
         module, function, call, moment = kill
-        owner = {"os": os, "torch": torch, "rl2": rl2, "Path": Path}[module]
+        owner = {"os": os, "torch": torch, "job": JOBS[name].module, "Path": Path}[module]
         shipped, calls = getattr(owner, function), []
 
         def deadly(*args, **kwargs):
@@ -152,17 +166,17 @@ def run_main(argv, errors=None, environ=None, kill=None, max_file=None):
             return result
 
         setattr(owner, function, deadly)
-    rl2.main(argv)
+    JOBS[name].module.main(argv)
 
 
-def start(*args, **kwargs):
-    process = CONTEXT.Process(target=run_main, args=args, kwargs=kwargs)
+def start(job, *args, **kwargs):
+    process = CONTEXT.Process(target=run_main, args=(job.name, *args), kwargs=kwargs)
     process.start()
     return process
 
 
-def finish(*args, **kwargs):
-    process = start(*args, **kwargs)
+def finish(job, *args, **kwargs):
+    process = start(job, *args, **kwargs)
     process.join(120)
     return process.exitcode
 
@@ -170,18 +184,18 @@ def finish(*args, **kwargs):
 # ---- the same again
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(job, tmp_path):
     first, again, other = (
-        train(tmp_path / name, 4, "--seed", seed) for name, seed in (("a", "3"), ("b", "3"), ("c", "4"))
+        train(job, tmp_path / name, 4, "--seed", seed) for name, seed in (("a", "3"), ("b", "3"), ("c", "4"))
     )
     assert_same_run(again, first)
     assert without_time(rows_of(other)) != without_time(rows_of(first))
 
 
-def test_a_run_writes_a_row_an_iteration_with_the_keys_that_every_script_has(tmp_path):
-    run = train(tmp_path, 5)
+def test_a_run_writes_a_row_an_iteration_with_the_keys_that_every_script_has(job, tmp_path):
+    run = train(job, tmp_path, 5)
     rows = rows_of(run)
-    assert [row["global_step"] for row in rows] == [STEPS * (i + 1) for i in range(5)]
+    assert [row["global_step"] for row in rows] == [job.steps * (i + 1) for i in range(5)]
     assert [row["charts/iteration"] for row in rows] == [1, 2, 3, 4, 5]
     assert [i + 1 for i, row in enumerate(rows) if "eval/return_ep0" in row] == [
         2,
@@ -192,13 +206,11 @@ def test_a_run_writes_a_row_an_iteration_with_the_keys_that_every_script_has(tmp
         "eval/return_ep0",
         "eval/return_ep2",
         "eval/adaptation_gain",
-        "eval/return_trial",
         "eval/adapt_steps_ep2",
         "charts/SPS",
     }
     assert (
-        expected
-        | {"debug/kl", "debug/grad_norm", "debug/entropy", "debug/explained_variance", "debug/clipfrac"}
+        expected | {"debug/kl", "debug/grad_norm", "debug/entropy", "debug/explained_variance"}
         <= rows[-1].keys()
     )
     assert {key.split("/")[0] for key in rows[-1]} == {
@@ -211,7 +223,7 @@ def test_a_run_writes_a_row_an_iteration_with_the_keys_that_every_script_has(tmp
     }
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert json.loads((run / "args.json").read_text())["hidden_size"] == 8
-    assert re.fullmatch(r"rl2_ppo__Bandit5-v0__1__\d{8}-\d{6}", run.name)
+    assert re.fullmatch(rf"{job.name}__Bandit5-v0__1__\d{{8}}-\d{{6}}", run.name)
     assert sorted(file.name for file in run.iterdir()) == ["args.json", "checkpoint.pt", "metrics.jsonl"]
 
 
@@ -219,58 +231,64 @@ def test_a_run_writes_a_row_an_iteration_with_the_keys_that_every_script_has(tmp
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(job, tmp_path_factory):
     """24 iterations that nothing disturbs."""
-    return train(tmp_path_factory.mktemp("uninterrupted"), 24)
+    return train(job, tmp_path_factory.mktemp("uninterrupted"), 24)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 12])
-def test_2n_iterations_equal_n_and_a_cut_and_the_rest(tmp_path, uninterrupted, monkeypatch, cut):
-    def stop_there(run, global_step, metrics, shipped=rl2.log):
+def test_2n_iterations_equal_n_and_a_cut_and_the_rest(job, tmp_path, uninterrupted, monkeypatch, cut):
+    def stop_there(run, global_step, metrics, shipped=job.module.log):
         shipped(run, global_step, metrics)
-        if global_step == STEPS * cut:
+        if global_step == job.steps * cut:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rl2, "log", stop_there)
-        train(tmp_path, 24)
+        patch.setattr(job.module, "log", stop_there)
+        train(job, tmp_path, 24)
     run = only_run(tmp_path)
     assert len(rows_of(run)) == cut
-    rl2.main(["--resume", str(run)])
+    job.module.main(["--resume", str(run)])
     assert_same_run(run, uninterrupted)
-    rl2.main(["--resume", str(run / "checkpoint.pt")])  # there is nothing left to do, and nothing is done
+    job.module.main(
+        ["--resume", str(run / "checkpoint.pt")]
+    )  # there is nothing left to do, and nothing is done
     assert_same_run(run, uninterrupted)
 
 
 @pytest.mark.parametrize("env_id", ["Maze-v0", "PointRobot-v0"])
 def test_resuming_is_exact_where_episodes_end_early_and_where_actions_are_continuous(
-    tmp_path, monkeypatch, env_id
+    job, tmp_path, monkeypatch, env_id
 ):
-    flags = ["--env-id", env_id, "--episodes-per-trial", "2", "--save-every", "1"]
-    iterations = {"Maze-v0": 150, "PointRobot-v0": 40}[env_id]  # in units of STEPS; a trial is longer here
-    reference = train(tmp_path / "reference", iterations, *flags)
+    flags = ["--env-id", env_id, "--save-every", "1"]
+    iterations = {"Maze-v0": 14400, "PointRobot-v0": 3840}[
+        env_id
+    ] // job.steps  # of Bandit5; these are longer
+    reference = train(job, tmp_path / "reference", iterations, *flags)
 
-    def stop_there(run, *args, shipped=rl2.log):
+    def stop_there(run, *args, shipped=job.module.log):
         shipped(run, *args)
         if args[1]["charts/iteration"] == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rl2, "log", stop_there)
-        train(tmp_path / "cut", iterations, *flags)
+        patch.setattr(job.module, "log", stop_there)
+        train(job, tmp_path / "cut", iterations, *flags)
     run = only_run(tmp_path / "cut")
-    rl2.main(["--resume", str(run)])
+    job.module.main(["--resume", str(run)])
     assert len(rows_of(run)) > 2
     assert_same_run(run, reference)
 
 
-def test_killed_again_and_again_at_random_moments_and_resumed_it_is_the_same_run(tmp_path, uninterrupted):
+def test_killed_again_and_again_at_random_moments_and_resumed_it_is_the_same_run(
+    job, tmp_path, uninterrupted
+):
     """Most kills wait for a checkpoint that is being written. The one on disk is always whole."""
     dice = random.Random(int.from_bytes(os.urandom(4), "little"))
-    argv = [*TINY, "--total-timesteps", str(24 * STEPS), "--run-dir", str(tmp_path)]
+    argv = [*job.tiny, "--total-timesteps", str(24 * job.steps), "--run-dir", str(tmp_path)]
     deaths = 0
     for attempt in range(40):
-        process = start(argv)
+        process = start(job, argv)
         deadline = time.monotonic() + 60
         while (
             not list(tmp_path.glob("*/metrics.jsonl")) and process.is_alive() and time.monotonic() < deadline
@@ -289,14 +307,14 @@ def test_killed_again_and_again_at_random_moments_and_resumed_it_is_the_same_run
         if (run / "checkpoint.pt").exists():
             step = checkpoint_of(run)["global_step"]
             argv = ["--resume", str(run)]
-            if step == 24 * STEPS:
+            if step == 24 * job.steps:
                 break
         else:  # killed before its first checkpoint: there is nothing to resume, and it says so
-            assert "there is no checkpoint" in one_line(rl2.main, ["--resume", str(run)])
+            assert "there is no checkpoint" in one_line(job.module.main, ["--resume", str(run)])
             for file in run.iterdir():
                 file.unlink()
             run.rmdir()
-    rl2.main(argv)
+    job.module.main(argv)
     assert deaths >= 2
     assert_same_run(only_run(tmp_path), uninterrupted)
 
@@ -306,47 +324,50 @@ MOMENTS = [
     ("os", "fsync", 4, "before"),
     ("os", "replace", 4, "before"),
     ("os", "replace", 4, "after"),
-    ("rl2", "log", 7, "after"),
+    ("job", "log", 7, "after"),
 ]
 
 
 @pytest.mark.parametrize("kill", MOMENTS, ids=lambda kill: "-".join(map(str, kill)))
 def test_a_kill_in_the_middle_of_saving_leaves_a_whole_checkpoint_and_an_exact_resume(
-    tmp_path, uninterrupted, kill
+    job, tmp_path, uninterrupted, kill
 ):
-    argv = [*TINY, "--total-timesteps", str(24 * STEPS), "--run-dir", str(tmp_path)]
-    assert finish(argv, kill=kill) == -signal.SIGKILL
+    argv = [*job.tiny, "--total-timesteps", str(24 * job.steps), "--run-dir", str(tmp_path)]
+    assert finish(job, argv, kill=kill) == -signal.SIGKILL
     run = only_run(tmp_path)
     expected = 3 if kill[3] == "after" else 2  # the first save is that of the beginning
-    assert checkpoint_of(run)["global_step"] == STEPS * 2 * expected
-    rl2.main(["--resume", str(run)])
+    assert checkpoint_of(run)["global_step"] == job.steps * 2 * expected
+    job.module.main(["--resume", str(run)])
     assert_same_run(run, uninterrupted)
 
 
 @pytest.mark.parametrize("write", [1, 2])
-def test_a_kill_in_the_middle_of_resuming_does_no_harm(tmp_path, uninterrupted, write):
+def test_a_kill_in_the_middle_of_resuming_does_no_harm(job, tmp_path, uninterrupted, write):
     """Killed where a small file of the run folder has been emptied and not yet been written again."""
-    argv = [*TINY, "--total-timesteps", str(24 * STEPS), "--run-dir", str(tmp_path)]
-    assert finish(argv, kill=("rl2", "log", 7, "after")) == -signal.SIGKILL
+    argv = [*job.tiny, "--total-timesteps", str(24 * job.steps), "--run-dir", str(tmp_path)]
+    assert finish(job, argv, kill=("job", "log", 7, "after")) == -signal.SIGKILL
     run = only_run(tmp_path)
-    assert finish(["--resume", str(run)], kill=("Path", "write_text", write, "half")) in (-signal.SIGKILL, 0)
-    rl2.main(["--resume", str(run)])
+    assert finish(job, ["--resume", str(run)], kill=("Path", "write_text", write, "half")) in (
+        -signal.SIGKILL,
+        0,
+    )
+    job.module.main(["--resume", str(run)])
     assert_same_run(run, uninterrupted)
 
 
-def test_resume_makes_do_with_the_checkpoint_alone(tmp_path, uninterrupted):
+def test_resume_makes_do_with_the_checkpoint_alone(job, tmp_path, uninterrupted):
     """metrics.jsonl may have stayed elsewhere; what is written from here on must still be readable."""
-    rl2.main([*TINY, "--total-timesteps", str(2 * STEPS), "--run-dir", str(tmp_path)])
+    job.module.main([*job.tiny, "--total-timesteps", str(2 * job.steps), "--run-dir", str(tmp_path)])
     run = only_run(tmp_path)
     (run / "metrics.jsonl").unlink()
-    rl2.main(["--resume", str(run), "--total-timesteps", str(4 * STEPS)])
-    assert [row["global_step"] for row in rows_of(run)] == [3 * STEPS, 4 * STEPS]
+    job.module.main(["--resume", str(run), "--total-timesteps", str(4 * job.steps)])
+    assert [row["global_step"] for row in rows_of(run)] == [3 * job.steps, 4 * job.steps]
 
 
-def test_a_finished_run_can_be_given_more_steps(tmp_path):
-    run = train(tmp_path, 2)
-    rl2.main(["--resume", str(run), "--total-timesteps", str(5 * STEPS)])
-    assert [row["global_step"] for row in rows_of(run)] == [STEPS * (i + 1) for i in range(5)]
+def test_a_finished_run_can_be_given_more_steps(job, tmp_path):
+    run = train(job, tmp_path, 2)
+    job.module.main(["--resume", str(run), "--total-timesteps", str(5 * job.steps)])
+    assert [row["global_step"] for row in rows_of(run)] == [job.steps * (i + 1) for i in range(5)]
 
 
 # ---- Weights & Biases
@@ -396,84 +417,79 @@ def read_back(run):
     return rows, config, axes, ids
 
 
-def test_wandb_gets_every_row_once_even_if_the_run_dies_and_is_resumed(tmp_path):
+def test_wandb_gets_every_row_once_even_if_the_run_dies_and_is_resumed(job, tmp_path):
     pytest.importorskip("wandb")
     offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     offline["WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"] = (
         "0.1"  # else a kill takes W&B's last fifteen seconds with it
     )
     argv = [
-        *TINY,
+        *job.tiny,
         "--track",
         "--save-every",
         "4",
         "--total-timesteps",
-        str(9 * STEPS),
+        str(9 * job.steps),
         "--run-dir",
         str(tmp_path),
     ]
     errors = tmp_path / "errors"
-    assert finish(argv, errors, offline, kill=("rl2", "log", 7, "after")) == -signal.SIGKILL, (
+    assert finish(job, argv, errors, offline, kill=("job", "log", 7, "after")) == -signal.SIGKILL, (
         errors.read_text()
     )
     run = only_run(tmp_path)
-    assert checkpoint_of(run)["global_step"] == 4 * STEPS and len(rows_of(run)) == 7
+    assert checkpoint_of(run)["global_step"] == 4 * job.steps and len(rows_of(run)) == 7
     assert len(read_back(run)[0]) >= 4, "W&B has lost what was logged before the checkpoint"
     time.sleep(1.1)  # segments are named by the second
-    command = [sys.executable, "rl2_ppo.py", "--resume", str(run)]
+    command = [sys.executable, f"{job.name}.py", "--resume", str(run)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **offline}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows, config, axes, ids = read_back(run)
     assert without_time(rows) == without_time(rows_of(run))
-    assert [row["global_step"] for row in rows] == [STEPS * (i + 1) for i in range(9)]
+    assert [row["global_step"] for row in rows] == [job.steps * (i + 1) for i in range(9)]
     assert ("*", "global_step") in axes
     assert ids == {checkpoint_of(run)["wandb_id"]}
-    assert {name: config[name] for name in ("lr", "num_envs", "env_id", "seed")} == {
-        "lr": 0.01,
-        "num_envs": 16,
-        "env_id": "Bandit5-v0",
-        "seed": 1,
-    }
-    assert {field.name for field in dataclasses.fields(rl2.Args)} <= config.keys()
-    assert [file.name for file in run.glob("wandb/offline-run-*/files/code/**/*.py")] == ["rl2_ppo.py"]
+    assert (config["hidden_size"], config["env_id"], config["seed"]) == (8, "Bandit5-v0", 1)
+    assert {field.name for field in dataclasses.fields(job.module.Args)} <= config.keys()
+    assert [file.name for file in run.glob("wandb/offline-run-*/files/code/**/*.py")] == [f"{job.name}.py"]
 
 
-def test_wandb_is_not_touched_unless_asked(tmp_path, monkeypatch):
+def test_wandb_is_not_touched_unless_asked(job, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now fails
-    train(tmp_path, 2)
+    train(job, tmp_path, 2)
 
 
 # ---- the command line
 
 
-def comments_of_args():
+def comments_of_args(job):
     """Field -> its trailing comment in the source."""
-    lines = inspect.getsource(rl2.Args).splitlines()
+    lines = inspect.getsource(job.module.Args).splitlines()
     found = [re.match(r"\s+(\w+): \w+ = .*?  # (.+)", line) for line in lines]
     return {match[1]: match[2] for match in found if match}
 
 
-def test_help_explains_every_flag(capsys, monkeypatch):
+def test_help_explains_every_flag(job, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as stop:
-        rl2.main(["--help"])
+        job.module.main(["--help"])
     assert not stop.value.code
     text = capsys.readouterr().out
     squeezed = re.sub(
         r"[^!-~]", "", re.sub(r"\x1b\[[0-9;]*m", "", text)
     )  # without colours, boxes and line breaks
-    comments = comments_of_args()
-    for field in dataclasses.fields(rl2.Args):
+    comments = comments_of_args(job)
+    for field in dataclasses.fields(job.module.Args):
         assert f"--{field.name.replace('_', '-')}" in text
         assert len(comments[field.name]) > 5
         assert re.sub(r"[^!-~]", "", comments[field.name]) in squeezed, (
             f"--help does not explain {field.name}"
         )
-    assert "RL^2" in text
+    assert job.module.__doc__.split(":")[0] in text
 
 
-def test_every_default_has_its_declared_type():
-    for field in dataclasses.fields(rl2.Args):
+def test_every_default_has_its_declared_type(job):
+    for field in dataclasses.fields(job.module.Args):
         declared = (
             field.type
             if isinstance(field.type, type)
@@ -482,23 +498,22 @@ def test_every_default_has_its_declared_type():
         assert type(field.default) is declared, field.name
 
 
-def test_evaluate_prints_the_table_and_leaves_everything_as_it_was(tmp_path, capsys):
-    run = train(tmp_path, 4)
+def test_evaluate_prints_the_table_and_leaves_everything_as_it_was(job, tmp_path, capsys):
+    run = train(job, tmp_path, 4)
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in run.iterdir()}
     capsys.readouterr()
-    rl2.main(["--evaluate", str(run), "--run-dir", str(tmp_path)])
+    job.module.main(["--evaluate", str(run), "--run-dir", str(tmp_path)])
     printed = capsys.readouterr().out
     assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in run.iterdir()} == before
     assert only_run(tmp_path) == run  # no other folder
     last = rows_of(run)[-1]
-    assert f"{last['eval/return_trial']:.3f}" in printed  # the same frozen tasks and seeds as in training
-    for episode in range(3):
+    for episode in range(3):  # the same frozen tasks and seeds as in training
         assert re.search(rf"^\s*{episode} .*{last[f'eval/return_ep{episode}']:.3f}", printed, re.MULTILINE)
     assert "Bandit5-v0: 20 held-out tasks" in printed
 
 
-def test_the_last_words_of_a_run_say_where_it_is_and_how_to_plot_it(tmp_path, capsys):
-    run = train(tmp_path, 2)
+def test_the_last_words_of_a_run_say_where_it_is_and_how_to_plot_it(job, tmp_path, capsys):
+    run = train(job, tmp_path, 2)
     printed = capsys.readouterr().out
     assert str(run) in printed and "benchmark.plot" in printed and "random 0.5" in printed
 
@@ -509,98 +524,112 @@ def test_the_last_words_of_a_run_say_where_it_is_and_how_to_plot_it(tmp_path, ca
 @pytest.fixture
 def no_training(tmp_path, monkeypatch):
     """Nothing may be played and no folder made."""
-    monkeypatch.setattr(rl2, "rollout", lambda *args: pytest.fail("training began"))
+    for job in JOBS.values():
+        monkeypatch.setattr(job.module, "rollout", lambda *args: pytest.fail("training began"))
     parent = tmp_path / "runs"
     yield ["--run-dir", str(parent)]
     assert not parent.exists()
 
 
-COUNTS = (
-    "total-timesteps",
-    "eval-every",
-    "save-every",
-    "num-envs",
-    "episodes-per-trial",
-    "hidden-size",
-    "epochs",
-    "minibatches",
-)
-RATES = ("lr", "clip", "max-grad-norm")
-BAD = [(f"--{flag}", value) for flag in COUNTS for value in ("0", "-3")]
-BAD += [(f"--{flag}", value) for flag in RATES for value in ("0", "-0.1", "nan", "inf")]
-BAD += [(f"--{flag}", value) for flag in ("entropy-coef", "value-coef") for value in ("-0.1", "nan", "inf")]
-BAD += [(f"--{flag}", value) for flag in ("gamma", "gae-lambda") for value in ("-0.1", "1.1", "nan")]
-BAD += [
-    ("--bptt-window", "-1"),
-    ("--bptt-window", "2"),
-    ("--bptt-window", "6"),
-    ("--minibatches", "5"),
-    ("--minibatches", "32"),
-]
-BAD += [("--eval-tasks", "-1"), ("--eval-tasks", "100001"), ("--seed", "-1"), ("--device", "tpu")]
-BAD += [
-    ("--num-envs", "abc"),
-    ("--num-envs", "2.5"),
-    ("--num-envs", "5e3"),
-    ("--lr", "fast"),
-    ("--total-timesteps", "nan"),
+ABOVE_ZERO, NOT_BELOW, UNIT = ("0", "-3", "nan", "inf"), ("-0.1", "nan", "inf"), ("-0.1", "1.1", "nan")
+WRONG = {  # script -> flag -> values
+    "": {
+        "total-timesteps": ("0", "-3", "nan"),
+        "eval-every": ("0", "-3"),
+        "save-every": ("0", "-3"),
+        "hidden-size": ("0", "-3", "abc", "2.5", "5e3"),
+    }
+    | {
+        "eval-tasks": ("-1", "100001"),
+        "seed": ("-1",),
+        "device": ("tpu",),
+        "gamma": UNIT,
+        "gae-lambda": UNIT,
+    },
+    "rl2_ppo": {
+        "lr": (*ABOVE_ZERO, "fast"),
+        "clip": ABOVE_ZERO,
+        "max-grad-norm": ABOVE_ZERO,
+        "entropy-coef": NOT_BELOW,
+        "value-coef": NOT_BELOW,
+    }
+    | {"bptt-window": ("-1", "2", "6"), "minibatches": ("0", "-3", "5", "32")}
+    | dict.fromkeys(("num-envs", "episodes-per-trial", "epochs"), ("0", "-3")),
+    "maml_trpo": dict.fromkeys(("inner-lr", "init-std", "max-kl", "eval-lr-factor"), ABOVE_ZERO)
+    | dict.fromkeys(("num-tasks", "episodes-per-task", "cg-steps", "eval-episodes"), ("0", "-3"))
+    | {
+        "inner-steps": ("-1", "1.5"),
+        "cg-damping": NOT_BELOW,
+        "fisher-fraction": ("0", "1.1", "nan"),
+        "inner-objective": ("reinforce",),
+    },
+}
+BAD = [
+    (name, f"--{flag}", value)
+    for name in JOBS
+    for part in ("", name)
+    for flag in WRONG[part]
+    for value in WRONG[part][flag]
 ]
 
 
-@pytest.mark.parametrize(("flag", "value"), BAD, ids="=".join)
-def test_a_number_out_of_range_is_named(no_training, flag, value):
-    message = one_line(rl2.main, [*TINY, *no_training, flag, value])
+@pytest.mark.parametrize(("name", "flag", "value"), BAD, ids="=".join)
+def test_a_number_out_of_range_is_named(no_training, name, flag, value):
+    job = JOBS[name]
+    message = one_line(job.module.main, [*job.tiny, *no_training, flag, value])
     assert flag in message and value.rstrip("0").rstrip(".") in message
 
 
 @pytest.mark.parametrize("seed", [2**30, 2**32 - 1, 2**32, 2**63])
-def test_a_seed_that_is_too_large_is_named(no_training, seed):
-    message = one_line(rl2.main, [*TINY, *no_training, "--seed", str(seed)])
+def test_a_seed_that_is_too_large_is_named(job, no_training, seed):
+    message = one_line(job.module.main, [*job.tiny, *no_training, "--seed", str(seed)])
     assert message.startswith(f"error: --seed {seed}")
 
 
-def test_an_unknown_environment_lists_the_known_ones(no_training):
+def test_an_unknown_environment_lists_the_known_ones(job, no_training):
     for env_id in ("CartPole-v1", "Bandit5", "nonsense"):
-        message = one_line(rl2.main, [*TINY, *no_training, "--env-id", env_id])
+        message = one_line(job.module.main, [*job.tiny, *no_training, "--env-id", env_id])
         assert f"--env-id {env_id}" in message and "Bandit5-v0" in message and "GridNavi-v0" in message
-    assert "no_such_module" in one_line(rl2.main, [*TINY, *no_training, "--env-id", "no_such_module:Mine-v0"])
+    assert "no_such_module" in one_line(
+        job.module.main, [*job.tiny, *no_training, "--env-id", "no_such_module:Mine-v0"]
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_without_cuda(no_training):
-    message = one_line(rl2.main, [*TINY, *no_training, "--device", "cuda"])
+def test_cuda_without_cuda(job, no_training):
+    message = one_line(job.module.main, [*job.tiny, *no_training, "--device", "cuda"])
     assert "--device cuda" in message and "cpu" in message
 
 
-def test_flags_that_do_not_exist_or_have_no_value(no_training):
-    assert "--learning-rate" in one_line(rl2.main, [*TINY, *no_training, "--learning-rate", "1"])
-    assert "--lr" in one_line(rl2.main, [*TINY, *no_training, "--lr"])
-    assert "stray" in one_line(rl2.main, [*TINY, *no_training, "stray"])
+def test_flags_that_do_not_exist_or_have_no_value(job, no_training):
+    assert "--learning-rate" in one_line(job.module.main, [*job.tiny, *no_training, "--learning-rate", "1"])
+    assert "--gamma" in one_line(job.module.main, [*job.tiny, *no_training, "--gamma"])
+    assert "stray" in one_line(job.module.main, [*job.tiny, *no_training, "stray"])
 
 
-def test_evaluate_and_resume_together(no_training):
-    message = one_line(rl2.main, [*no_training, "--evaluate", "a", "--resume", "b"])
+def test_evaluate_and_resume_together(job, no_training):
+    message = one_line(job.module.main, [*no_training, "--evaluate", "a", "--resume", "b"])
     assert "--evaluate" in message and "--resume" in message
 
 
-def test_from_the_shell_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path):
-    command = [sys.executable, "rl2_ppo.py", "--num-envs", "0", "--run-dir", str(tmp_path / "runs")]
+def test_from_the_shell_an_error_is_one_line_on_stderr_and_exit_code_1(job, tmp_path):
+    command = [sys.executable, f"{job.name}.py", "--eval-every", "0", "--run-dir", str(tmp_path / "runs")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "runs").exists()
-    assert done.stderr == "error: --num-envs 0: expected a positive number\n"
+    assert done.stderr == "error: --eval-every 0: expected a positive number\n"
 
 
 # ---- bad checkpoints
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("finished"), 2)
+def finished(job, tmp_path_factory):
+    return train(job, tmp_path_factory.mktemp("finished"), 2)
 
 
-def both_ways(path, *flags):
+def both_ways(job, path, *flags):
     """The complaint of --resume, which --evaluate must share."""
-    messages = [one_line(rl2.main, [flag, str(path), *flags]) for flag in ("--resume", "--evaluate")]
+    messages = [one_line(job.module.main, [flag, str(path), *flags]) for flag in ("--resume", "--evaluate")]
     assert messages[0] == messages[1] and str(path) in messages[0]
     return messages[0]
 
@@ -610,100 +639,100 @@ def edited(finished, path, **changes):
     return path
 
 
-def test_a_missing_checkpoint(no_training, tmp_path):
-    assert "there is no checkpoint" in both_ways(tmp_path / "nowhere")
-    assert "there is no checkpoint" in both_ways(tmp_path)  # a folder without one
+def test_a_missing_checkpoint(job, no_training, tmp_path):
+    assert "there is no checkpoint" in both_ways(job, tmp_path / "nowhere")
+    assert "there is no checkpoint" in both_ways(job, tmp_path)  # a folder without one
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_file_that_is_not_a_checkpoint(no_training, tmp_path):
+def test_a_file_that_is_not_a_checkpoint(job, no_training, tmp_path):
     junk = tmp_path / "junk.pt"
     for content in (b"", b"\0" * 100, b"hello\n", b"PK\3\4", os.urandom(5000), b"\x80\x04N."):
         junk.write_bytes(content)
-        both_ways(junk)
+        both_ways(job, junk)
     for foreign in (
         torch.zeros(3),
         {"weight": torch.zeros(3)},
         [1],
-        {"script": "rl2_ppo"},
-        {"script": "rl2_ppo", "modules": {}, "args": 3},
+        {"script": job.name},
+        {"script": job.name, "modules": {}, "args": 3},
     ):
         torch.save(foreign, junk)
-        both_ways(junk)
+        both_ways(job, junk)
 
 
-def test_a_truncated_or_damaged_checkpoint(no_training, tmp_path, finished):
+def test_a_truncated_or_damaged_checkpoint(job, no_training, tmp_path, finished):
     whole = (finished / "checkpoint.pt").read_bytes()
     damaged = tmp_path / "damaged.pt"
     for length in sorted({1, 10, 100, 1000, *range(0, len(whole), max(1, len(whole) // 25)), len(whole) - 1}):
         damaged.write_bytes(whole[:length])
-        both_ways(damaged)
+        both_ways(job, damaged)
 
 
-def test_a_checkpoint_that_runs_code_is_refused(no_training, tmp_path):
+def test_a_checkpoint_that_runs_code_is_refused(job, no_training, tmp_path):
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "owned",))
 
-    torch.save({"script": "rl2_ppo", "args": {}, "modules": Evil()}, tmp_path / "evil.pt")
-    both_ways(tmp_path / "evil.pt")
+    torch.save({"script": job.name, "args": {}, "modules": Evil()}, tmp_path / "evil.pt")
+    both_ways(job, tmp_path / "evil.pt")
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_checkpoint_of_another_script(no_training, tmp_path, finished):
-    message = both_ways(edited(finished, tmp_path / "other.pt", script="pearl_sac"))
-    assert "pearl_sac.py" in message and "rl2_ppo.py" in message
+def test_a_checkpoint_of_another_script(job, no_training, tmp_path, finished):
+    message = both_ways(job, edited(finished, tmp_path / "other.pt", script="pearl_sac"))
+    assert "pearl_sac.py" in message and f"{job.name}.py" in message
 
 
-def test_a_checkpoint_of_another_environment(no_training, finished):
+def test_a_checkpoint_of_another_environment(job, no_training, finished):
     for flag in ("--resume", "--evaluate"):
-        message = one_line(rl2.main, [flag, str(finished), "--env-id", "Bandit10-v0"])
+        message = one_line(job.module.main, [flag, str(finished), "--env-id", "Bandit10-v0"])
         assert "--env-id Bandit10-v0" in message and "Bandit5-v0" in message
 
 
-def test_a_checkpoint_of_another_version(no_training, tmp_path, finished):
+def test_a_checkpoint_of_another_version(job, no_training, tmp_path, finished):
     args = {**checkpoint_of(finished)["args"], "a_flag_of_the_past": 1}
-    assert "another version" in both_ways(edited(finished, tmp_path / "old.pt", args=args))
+    assert "another version" in both_ways(job, edited(finished, tmp_path / "old.pt", args=args))
 
 
-def test_a_checkpoint_whose_parts_do_not_fit(no_training, tmp_path, finished):
-    assert "hidden" in one_line(rl2.main, ["--resume", str(finished), "--hidden-size", "9"])
-    assert "agent" in one_line(rl2.main, ["--evaluate", str(finished), "--hidden-size", "9"])
+def test_a_checkpoint_whose_parts_do_not_fit(job, no_training, tmp_path, finished):
+    assert "hidden" in one_line(job.module.main, ["--resume", str(finished), "--hidden-size", "9"])
+    assert job.policy in one_line(job.module.main, ["--evaluate", str(finished), "--hidden-size", "9"])
     modules = checkpoint_of(finished)["modules"]
-    both_ways(edited(finished, tmp_path / "a.pt", modules={**modules, "agent": {}}))
-    path = edited(finished, tmp_path / "b.pt", modules={"agent": modules["agent"]})
-    assert "optimizer" in one_line(rl2.main, ["--resume", str(path)])
+    both_ways(job, edited(finished, tmp_path / "a.pt", modules={**modules, job.policy: {}}))
+    path = edited(finished, tmp_path / "b.pt", modules={job.policy: modules[job.policy]})
+    assert re.search("the (optimizer|env) of", one_line(job.module.main, ["--resume", str(path)]))
 
 
-def test_a_checkpoint_that_lacks_an_entry_is_named(no_training, tmp_path, finished):
+def test_a_checkpoint_that_lacks_an_entry_is_named(job, no_training, tmp_path, finished):
     for name in ("rng", "iteration", "global_step", "metrics_bytes", "wandb_id"):
         checkpoint = checkpoint_of(finished)
         del checkpoint[name]
         torch.save(checkpoint, tmp_path / "part.pt")
-        assert "part.pt" in one_line(rl2.main, ["--resume", str(tmp_path / "part.pt")])
+        assert "part.pt" in one_line(job.module.main, ["--resume", str(tmp_path / "part.pt")])
 
 
-def test_resume_refuses_to_change_what_decides_the_run(no_training, finished):
-    changes = (("lr", "0.5", "0.01"), ("seed", "9", "1"), ("num-envs", "32", "16"), ("gamma", "0.5", "1.0"))
-    for flag, value, was in changes:
-        message = one_line(rl2.main, ["--resume", str(finished), f"--{flag}", value])
-        assert f"--{flag} {value}" in message and was in message
+def test_resume_refuses_to_change_what_decides_the_run(job, no_training, finished):
+    for name, value in (("seed", 9), ("gamma", 0.5), ("hidden_size", 9)):
+        flag, was = f"--{name.replace('_', '-')}", checkpoint_of(finished)["args"][name]
+        message = one_line(job.module.main, ["--resume", str(finished), flag, str(value)])
+        assert f"{flag} {value}" in message and str(was) in message
 
 
 # ---- a disk that refuses, a loss that is lost
 
 
-def test_a_run_folder_that_cannot_be_made(tmp_path):
+def test_a_run_folder_that_cannot_be_made(job, tmp_path):
     (tmp_path / "taken").write_text("a file")
     for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        message = one_line(train, path)
+        message = one_line(train, job, path)
         assert f"--run-dir {path}" in message
     assert (tmp_path / "taken").read_text() == "a file"
 
 
 @pytest.mark.parametrize("place", ["torch.save", "os.fsync", "os.replace", "writer"])
 def test_a_disk_that_is_full_while_saving_leaves_the_checkpoint_before(
-    tmp_path, monkeypatch, uninterrupted, place
+    job, tmp_path, monkeypatch, uninterrupted, place
 ):
     calls = []
 
@@ -723,7 +752,7 @@ def test_a_disk_that_is_full_while_saving_leaves_the_checkpoint_before(
     shipped = getattr(owner, name)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, full_disk)
-        message = one_line(train, tmp_path, 24)
+        message = one_line(train, job, tmp_path, 24)
     run = only_run(tmp_path)
     assert "checkpoint.pt" in message and ("No space left on device" in message or place == "writer")
     assert sorted(file.name for file in run.iterdir()) == [
@@ -731,26 +760,29 @@ def test_a_disk_that_is_full_while_saving_leaves_the_checkpoint_before(
         "checkpoint.pt",
         "metrics.jsonl",
     ]  # no half-written file stays
-    assert checkpoint_of(run)["global_step"] == 4 * STEPS
-    rl2.main(["--resume", str(run)])  # once there is room again
+    assert checkpoint_of(run)["global_step"] == 4 * job.steps
+    job.module.main(["--resume", str(run)])  # once there is room again
     assert_same_run(run, uninterrupted)
 
 
-def test_a_real_limit_on_the_size_of_files_ends_in_one_line_and_leaves_the_checkpoint_before(tmp_path):
-    run = train(tmp_path, 2)
+def test_a_real_limit_on_the_size_of_files_ends_in_one_line_and_leaves_the_checkpoint_before(job, tmp_path):
+    run = train(job, tmp_path, 2)
     size, errors = (run / "checkpoint.pt").stat().st_size, tmp_path / "errors"
     for limit in (size // 2, size - 100):
         assert (
-            finish(["--resume", str(run), "--total-timesteps", str(8 * STEPS)], errors, max_file=limit) == 1
+            finish(
+                job, ["--resume", str(run), "--total-timesteps", str(8 * job.steps)], errors, max_file=limit
+            )
+            == 1
         )
         assert the_error(errors.read_text()).startswith("error: cannot save")
-        assert checkpoint_of(run)["global_step"] == 2 * STEPS and not (run / "checkpoint.pt.tmp").exists()
-    rl2.main(["--resume", str(run), "--total-timesteps", str(8 * STEPS)])
-    assert [row["global_step"] for row in rows_of(run)] == [STEPS * (i + 1) for i in range(8)]
+        assert checkpoint_of(run)["global_step"] == 2 * job.steps and not (run / "checkpoint.pt.tmp").exists()
+    job.module.main(["--resume", str(run), "--total-timesteps", str(8 * job.steps)])
+    assert [row["global_step"] for row in rows_of(run)] == [job.steps * (i + 1) for i in range(8)]
 
 
-def test_a_real_limit_on_the_log_ends_in_one_line(tmp_path):
-    run = train(tmp_path, 2, "--save-every", "1000")
+def test_a_real_limit_on_the_log_ends_in_one_line(job, tmp_path):
+    run = train(job, tmp_path, 2, "--save-every", "1000")
     errors = tmp_path / "errors"
     (run / "metrics.jsonl").write_text(
         "\n" * (10 * (run / "checkpoint.pt").stat().st_size)
@@ -758,36 +790,44 @@ def test_a_real_limit_on_the_log_ends_in_one_line(tmp_path):
     checkpoint = checkpoint_of(run)
     checkpoint["metrics_bytes"] = (run / "metrics.jsonl").stat().st_size
     torch.save(checkpoint, run / "checkpoint.pt")
-    argv = ["--resume", str(run), "--total-timesteps", str(8 * STEPS)]
-    assert finish(argv, errors, max_file=checkpoint["metrics_bytes"] + 300) == 1
+    argv = ["--resume", str(run), "--total-timesteps", str(8 * job.steps)]
+    assert finish(job, argv, errors, max_file=checkpoint["metrics_bytes"] + 300) == 1
     said = the_error(errors.read_text())
     assert said.startswith("error: cannot write") and "metrics.jsonl" in said
-    assert checkpoint_of(run)["global_step"] == 2 * STEPS
+    assert checkpoint_of(run)["global_step"] == 2 * job.steps
 
 
-@pytest.mark.parametrize("loss", ["ppo_value_loss", "ppo_policy_loss"])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
-    tmp_path, monkeypatch, uninterrupted, loss
+LOSSES = {"rl2_ppo": ("ppo_value_loss", "ppo_policy_loss"), "maml_trpo": ("inner_loss", "returns_of")}
+
+
+@pytest.mark.parametrize(("name", "loss"), [(name, loss) for name in JOBS for loss in LOSSES[name]])
+def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tmp_path, monkeypatch, name, loss
 ):
-    calls, shipped = [], getattr(rl2, loss)
+    job = JOBS[name]
+    shipped, rows = getattr(job.module, loss), []
 
-    def lost(*args):
-        calls.append(1)
+    def count(*args, log=job.module.log):
+        rows.append(1)
+        log(*args)
+
+    def lost(*args):  # from the sixth iteration on
         result = shipped(*args)
-        if len(calls) < 11:  # two minibatches an iteration: the sixth iteration is the bad one
-            return result
-        return result * math.nan if torch.is_tensor(result) else (result[0] * math.nan, result[1])
+        factor = math.nan if len(rows) >= 5 else 1.0
+        return result * factor if torch.is_tensor(result) else (result[0] * factor, result[1])
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl2, loss, lost)
-        message = one_line(train, tmp_path, 24)
+        patch.setattr(job.module, "log", count)
+        patch.setattr(job.module, loss, lost)
+        message = one_line(train, job, tmp_path, 24)
     run = only_run(tmp_path)
-    assert re.search(r"losses/\w+ is nan", message) and "checkpoint.pt" in message
+    stopped = re.search(r"\w+/\w+ is nan", message) and "checkpoint.pt" in message
+    assert stopped or "weights are not finite" in message and "--inner-lr" in message
     saved = checkpoint_of(run)
-    assert saved["global_step"] == 4 * STEPS and len(rows_of(run)) == 5
-    assert all(torch.isfinite(value).all() for value in saved["modules"]["agent"].values())
-    rl2.main(["--resume", str(run)])
-    assert_same_run(run, uninterrupted)
+    assert saved["global_step"] == 4 * job.steps and len(rows_of(run)) == 5
+    assert all(torch.isfinite(value).all() for value in saved["modules"][job.policy].values())
+    job.module.main(["--resume", str(run)])
+    assert_same_run(run, train(job, tmp_path / "undisturbed", 24))
 
 
 @pytest.mark.parametrize(
@@ -798,7 +838,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 @pytest.mark.parametrize("env_id", ["Bandit5-v0", "PointRobot-v0"])
 def test_a_learning_rate_beyond_reason_ends_in_one_line(tmp_path, env_id, flags):
     message = one_line(
-        train, tmp_path, 40, "--lr", "1e30", "--env-id", env_id, "--episodes-per-trial", "2", *flags
+        train,
+        JOBS["rl2_ppo"],
+        tmp_path,
+        40,
+        "--lr",
+        "1e30",
+        "--env-id",
+        env_id,
+        "--episodes-per-trial",
+        "2",
+        *flags,
     )
     assert re.search(r"(losses|debug|eval)/\w+", message)
     saved = checkpoint_of(only_run(tmp_path))["modules"]["agent"]
@@ -807,7 +857,7 @@ def test_a_learning_rate_beyond_reason_ends_in_one_line(tmp_path, env_id, flags)
 
 def test_an_error_in_the_middle_of_a_run_stands_on_a_line_of_its_own(tmp_path):
     """The bar leaves the cursor behind itself; the message must not be glued to it."""
-    errors = tmp_path / "errors"
-    argv = [*TINY, "--lr", "1e30", "--total-timesteps", str(10 * STEPS), "--run-dir", str(tmp_path)]
-    assert finish(argv, errors) == 1
+    job, errors = JOBS["rl2_ppo"], tmp_path / "errors"
+    argv = [*job.tiny, "--lr", "1e30", "--total-timesteps", str(10 * job.steps), "--run-dir", str(tmp_path)]
+    assert finish(job, argv, errors) == 1
     assert "losses/" in the_error(errors.read_text())

@@ -680,13 +680,21 @@ def test_the_summary_is_means_and_standard_errors_over_tasks():
     lengths = torch.tensor([[2.0, 1.0], [4.0, 1.0], [3.0, 1.0]])
     summary = rl2.summarize(returns, lengths, torch.tensor([[0.0, 1.0]] * 3))
     assert summary["eval/return_ep0"] == 3 and summary["eval/return_ep1"] == 4
-    assert summary["eval/adaptation_gain"] == 1 and summary["eval/return_trial"] == 7
+    assert summary["eval/adaptation_gain"] == 1
     assert summary["eval/return_se_ep0"] == pytest.approx(math.sqrt(8 / 2) / math.sqrt(3))
-    assert summary["eval/return_trial_se"] == pytest.approx(math.sqrt(24 / 2) / math.sqrt(3))  # of 3, 9, 9
     assert summary["eval/adapt_steps_ep0"] == 0 and summary["eval/adapt_steps_ep1"] == 3
     assert summary["eval/success_ep0"] == 0 and summary["eval/success_ep1"] == 1
     alone = rl2.summarize(returns[:1], lengths[:1])
     assert all(math.isfinite(value) for value in alone.values()) and "eval/success_ep0" not in alone
+
+
+def test_the_return_of_a_trial_is_the_sum_over_its_episodes(monkeypatch):
+    env = common.make("Bandit5-v0", 3, seed=0)
+    returns = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 4.0]])
+    monkeypatch.setattr(rl2, "adapt", lambda *_, **__: (returns, torch.ones(3, 2), torch.zeros(3, 2)))
+    report = rl2.evaluate(make_agent(rl2, env), env, 2)
+    assert report["eval/return_trial"] == 7
+    assert report["eval/return_trial_se"] == pytest.approx(math.sqrt(24 / 2) / math.sqrt(3))  # of 3, 9, 9
 
 
 def test_evaluation_is_the_same_every_time_and_training_does_not_notice():

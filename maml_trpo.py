@@ -1,0 +1,776 @@
+r"""MAML: learn a starting point from which a few policy-gradient steps solve a new task.
+(Finn et al. 2017, arXiv:1703.03400)
+
+THE IDEA
+    Ordinary training over many tasks finds the one policy that is best on average, and that can be a bad
+    place to learn from. MAML asks something else of the weights theta: that the policy be good AFTER a step
+    of policy gradient on a handful of episodes of the task at hand. The objective is the return of
+    theta' = theta - alpha grad L(theta), and its gradient runs through the step itself: the second
+    derivatives of L say how moving theta would move the place where the step lands.
+
+    The learner is plain policy gradient, in training as at test time. Only its starting point is learned;
+    so it goes on improving when it is given more steps, or tasks unlike those of training.
+
+ALGORITHM
+    repeat
+        draw N tasks from p(T); for each, and all of them in one batched tensor program:         [Alg 3 l.3]
+            play E episodes with theta                                                           [Alg 3 l.5]
+            theta' = theta - alpha grad L(theta),  L = -mean_t log pi(a_t | s_t) A_t       [Eq 4, Alg 3 l.7]
+            play E episodes with theta'                                                          [Alg 3 l.8]
+        L'(theta) = -mean over tasks of mean_t rho_t A'_t,  rho = pi_theta' / (pi_theta' as played)
+        g = grad L'(theta), through theta'; F = Hessian of the mean KL of the ADAPTED policies    [TRPO Eq 14]
+        solve F x = g by conjugate gradient; along -x go as far as KL <= delta should allow       [TRPO App C]
+        shorten the step by .8 until L' falls and KL <= delta                                   [Alg 3 l.10]
+    on a new task: play E episodes, take the gradient step, play again.
+    TRPO: Schulman et al. 2015, arXiv:1502.05477. GAE: Schulman et al. 2016, arXiv:1506.02438.
+
+DIFFERS FROM THE PAPER
+    D1  As published, the inner loss has the right first derivative and a second one that lacks how theta
+        changes the states that are met. --inner-objective dice has both right; it is noisier.
+    D2  Two hidden layers of 64 tanh units instead of 100 ReLUs: smaller, and smooth.
+    D3  Actions are in units of the environment's bounds, so that one initial deviation fits every task. In 2D
+        navigation the paper's deviation of 1 is ten times the largest step; 1 here is one such step.
+    D4  As in the authors' code the baseline is fitted to the very returns that it is subtracted from: theta'
+        differs in every task, so an older fit would not do. GAE's lambda is .98 instead of 1.
+    D5  fisher_fraction < 1 takes Fisher products over some of the tasks (TRPO's appendix C: of the states).
+    D6  The paper evaluates with a step size that is halved after the first gradient step, and so do we.
+
+TRAPS (each has a test that goes red when the trap is put in)
+    T1  Log-probabilities or KL averaged over action dimensions: steps shrink as bodies grow.
+    T2  Tasks that share their action noise (workers forked with one random state): gradients agree too well.
+    T3  The baseline's clock running over the whole batch instead of each episode.
+    T4  Episodes that end early: what follows in their row is no data, and in a mean of means they weigh more.
+    T5  theta' detached from theta: first-order MAML under the name of MAML.
+    T6  A task adapted on another task's episodes (repeat instead of repeat_interleave).
+    T7  "Before" and "after" on different tasks, or on training tasks.
+    T8  The KL of the policy before adaptation bounded, or a step accepted that breaks the bound.
+    T9  Conjugate gradient updated in place, residual and direction being one tensor at the start.
+
+RUN
+    python maml_trpo.py                                                 # 2D navigation: some two minutes
+    python maml_trpo.py --inner-steps 0                                 # its "pretrained" baseline
+    python maml_trpo.py --inner-steps 0 --oracle                        # its "told" reference line
+    python maml_trpo.py --env-id HalfCheetahDir-v0 --num-tasks 40 --inner-lr 0.1 --total-timesteps 64000000
+    python maml_trpo.py --evaluate runs/NAME --inner-steps 10           # ten gradient steps on new tasks
+
+RESULT (held-out tasks)
+    2D navigation      7.5 M steps, 100 meta-iterations: in the README's table, from benchmark.reproduce
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import gymnasium as gym
+import torch
+import tyro
+from torch import nn
+from torch.distributions import Categorical, Independent, Normal, kl_divergence
+from torch.nn.utils import vector_to_parameters
+from tqdm import tqdm
+
+import common
+
+# ================================ 1. Args ================================
+
+
+@dataclass
+class Args:
+    env_id: str = "PointGoal-v0"  # task distribution: one of common.ids(), or your_module:YourId-v0
+    seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
+    total_timesteps: int = 7_500_000  # environment steps in all, those spent on adapting to a task too
+    device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
+    compile: bool = False  # torch.compile what main passes on as a function: may pay on a GPU
+    track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
+    wandb_project: str = "onefile-meta-rl"  # W&B project
+    wandb_entity: str = ""  # W&B user or team; empty: your default one
+    run_dir: str = "runs"  # parent folder of this run's own folder
+    eval_every: int = 20  # iterations between evaluations on the held-out tasks
+    save_every: int = 20  # iterations between checkpoints
+    resume: str = ""  # run folder (or checkpoint) to continue, on a CPU bit for bit; flags are remembered
+    evaluate: str = ""  # run folder (or checkpoint) to evaluate on the held-out tasks, then exit
+
+    num_tasks: int = 20  # N, tasks of a meta-batch
+    episodes_per_task: int = 20  # E, episodes of a task that one gradient step is made of, inner or outer
+    inner_steps: int = 1  # K, gradient steps to adapt; 0: train for the mean task, the "pretrained" baseline
+    inner_lr: float = 0.5  # alpha, size of these steps; too large and the outer loop sees only noise
+    inner_objective: str = "logprob"  # logprob (as published), or dice: its second derivative is right [D1]
+    first_order: bool = False  # drop the second derivatives: theta' = theta + a constant
+    oracle: bool = False  # tell the policy its task; with inner_steps 0 this is the "told" reference line
+    hidden_size: int = 64  # width of the policy's two hidden layers [D2]
+    init_std: float = 1.0  # standard deviation of the first actions, whose bounds are -1 and 1 [D3]
+    gamma: float = 0.99  # discount per step
+    gae_lambda: float = 0.98  # GAE: 1 uses whole sampled returns, less leans on the baseline [D4]
+    max_kl: float = 0.01  # delta, how far one meta-step may move the adapted policies
+    cg_steps: int = 10  # conjugate gradient iterations, a Fisher product each
+    cg_damping: float = 1e-5  # added to the diagonal of F
+    fisher_fraction: float = 1.0  # share of the tasks that Fisher products are taken over [D5]
+    eval_episodes: int = 40  # episodes before each gradient step at evaluation
+    eval_lr_factor: float = 0.5  # at evaluation, steps from the second on are this much of inner_lr [D6]
+    eval_tasks: int = 100  # held-out tasks to evaluate on; 0: all there are, at most 10,000
+
+
+# ============================== 2. Networks ==============================
+
+
+class Policy(nn.Module):
+    """Two hidden layers whose weights are an argument, so that every task can have weights of its own."""
+
+    def __init__(self, obs_dim, action_space, hidden_size, init_std):
+        super().__init__()
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
+        sizes = (obs_dim, hidden_size, hidden_size, self.action_dim)
+        theta = []
+        for fan_in, fan_out, gain in zip(sizes, sizes[1:], (1.0, 1.0, 0.01), strict=False):
+            theta += [nn.init.orthogonal_(torch.empty(fan_in, fan_out), gain), torch.zeros(1, fan_out)]
+        if not self.discrete:
+            theta.append(torch.full((1, self.action_dim), math.log(init_std)))
+            for name, bound in (("low", action_space.low), ("high", action_space.high)):
+                self.register_buffer(name, torch.tensor(bound), persistent=False)
+        self.theta = nn.ParameterList(theta)
+
+    def forward(self, obs, phi):
+        """obs: [N, M, obs], M states in each of N tasks; phi: a list of weights like theta, each [N, ...].
+
+        Returns what defines the action distributions: (logits [N, M, act],), or (mean [N, M, act], log_std
+        [N, 1, act]).
+        """
+        x = torch.baddbmm(phi[1], obs, phi[0]).tanh()  # [N, M, hidden]: N matrix products in one call
+        x = torch.baddbmm(phi[3], x, phi[2]).tanh()
+        x = torch.baddbmm(phi[5], x, phi[4])
+        return (x,) if self.discrete else (x, phi[6])
+
+    def distribution(self, output):
+        """forward's output -> distribution over [N, M]."""
+        if self.discrete:
+            return Categorical(logits=output[0], validate_args=False)
+        mean, log_std = output
+        normal = Normal(mean, log_std.exp(), validate_args=False)
+        return Independent(normal, 1, validate_args=False)  # T1: log-probs and KL SUM over action dimensions
+
+    def per_task(self, num_tasks):
+        """theta for each task: views [N, ...] of one theta, whose gradients add up there."""
+        return [p.expand(num_tasks, *p.shape) for p in self.theta]
+
+    def to_env(self, action):
+        """Actions are cut to [-1, 1] and stretched to the environment's box. Discrete: as it is."""
+        return action if self.discrete else self.low + (action.clamp(-1, 1) + 1) / 2 * (self.high - self.low)
+
+
+# ================================ 3. Data ================================
+
+
+def act(policy, obs, phi):
+    """Sample actions: obs [N, E, obs], phi [N, ...] -> [N, E] or [N, E, act]. One draw for all tasks. [T2]"""
+    return policy.distribution(policy(obs, phi)).sample()
+
+
+@torch.no_grad()
+def rollout(policy, act_fn, env, tasks, phi, oracle, seed=None):
+    """Play E = num_envs / N episodes of each task with its own weights phi[n]. [Alg 3 l.5, l.8]
+
+    tasks: [N, task_dim]; oracle: append the task to obs; seed: of starts and noise.
+    Returns a dict of [T, N, E, ...] tensors, T at least the steps of the longest episode: obs, action,
+    reward, success, valid (1 inside the episode, 0 after).
+    """
+    num_tasks = len(tasks)
+    rows = tasks.repeat_interleave(env.num_envs // num_tasks, 0)  # T6: an environment's task is its row's
+    env.set_tasks(rows)
+    obs, _ = env.reset(seed=seed)
+    told = rows if oracle else rows[:, :0]
+    valid, no_success = (
+        torch.ones(env.num_envs, device=obs.device),
+        torch.zeros(env.num_envs, device=obs.device),
+    )
+    steps = []
+    for step in range(env.horizon):
+        if env.terminates and step % 10 == 0 and not bool(valid.any()):
+            break  # every episode is over
+        x = torch.cat([obs, told], 1).unflatten(0, (num_tasks, -1))  # [N, E, obs]
+        action = act_fn(policy, x, phi)
+        obs, reward, terminated, truncated, info = env.step(policy.to_env(action.flatten(0, 1)))
+        played = {"reward": reward, "valid": valid, "success": info.get("success", no_success)}
+        played = {name: value.unflatten(0, (num_tasks, -1)) for name, value in played.items()}
+        steps.append({"obs": x, "action": action, **played})
+        valid = valid * ~(terminated | truncated)  # T4: the environment begins anew, but that is no data
+    return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+
+
+def gae(reward, value, valid, gamma, gae_lambda):
+    """Generalised advantage estimation over sequences that end for good: nothing is bootstrapped after them.
+
+    reward, value, valid: [T, B]; valid is 1 for the steps of the sequence and 0 for the padding behind them.
+    Returns advantage [T, B], 0 in the padding.  A_t = delta_t + gamma lambda A_{t+1}  [GAE Eq 11, 16]
+
+    A sequence is what the objective sums over. For RL^2 that is the trial, so the recursion runs straight
+    through the ends of episodes; cutting it there, as several public versions do, is T2.
+    """
+    advantage = torch.zeros_like(reward)
+    next_value = next_advantage = torch.zeros_like(reward[0])
+    for step in reversed(range(len(reward))):
+        delta = reward[step] + gamma * next_value - value[step]
+        next_advantage = (delta + gamma * gae_lambda * next_advantage) * valid[step]
+        next_value = value[step] * valid[step]
+        advantage[step] = next_advantage
+    return advantage
+
+
+def linear_baseline(obs, ret, valid, ridge=1e-5):
+    """Predict returns from a state and its time within the episode: for each task one ridge regression.
+
+    obs: [T, N, E, obs]; ret, valid: [T, N, E]. Returns value [T, N, E]. One batched solve, in float64.
+    Features as in Duan et al. 2016, arXiv:1604.06778; the ridge helps where they outnumber the steps. [D4]
+    """
+    time = (
+        torch.arange(len(obs), device=obs.device).view(-1, 1, 1, 1) / 100
+    )  # T3: of the episode, not the batch
+    time = time.expand(*valid.shape, 1)
+    x = obs.clamp(-10, 10)
+    features = torch.cat([x, x**2, time, time**2, time**3, torch.ones_like(time)], -1).double()
+    features = features.transpose(0, 1).flatten(1, 2)  # [N, T * E, features]
+    target, weight = (y.transpose(0, 1).flatten(1, 2)[..., None].double() for y in (ret, valid))
+    gram = (features * weight).mT @ features
+    gram = gram + ridge * torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+    coefficients = torch.linalg.solve(gram, (features * weight).mT @ target)  # [N, features, 1]
+    value = (features @ coefficients).to(ret.dtype)
+    return value.view(valid.shape[1], valid.shape[0], -1).transpose(0, 1)
+
+
+def add_advantage(episodes, gamma, gae_lambda):
+    """rollout's dict -> what a gradient step learns from: a dict of [N, T, E, ...], all 0 where valid is 0.
+
+    Adds advantage, standardised over each task's steps, and weight, which sums to 1 over each task's steps.
+    The horizon is the objective's: an episode's end is the end, and nothing is bootstrapped after it.
+    """
+    reward, valid = episodes["reward"], episodes["valid"]
+    ret = gae(reward, torch.zeros_like(reward), valid, gamma, 1.0)  # without a critic: the discounted return
+    value = linear_baseline(episodes["obs"], ret, valid)
+    advantage = gae(reward, value, valid, gamma, gae_lambda)
+    # T4: one mean over all steps of a task, not a mean of the means of its episodes
+    weight = valid / valid.sum((0, 2), keepdim=True)
+    mean = (advantage * weight).sum((0, 2), keepdim=True)
+    std = ((advantage - mean) ** 2 * weight).sum((0, 2), keepdim=True).sqrt()
+    advantage = (advantage - mean) / (std + 1e-8) * valid
+    batch = {**episodes, "value": value, "ret": ret, "advantage": advantage, "weight": weight}
+    return {name: x.transpose(0, 1).contiguous() for name, x in batch.items()}
+
+
+def returns_of(batch):
+    """Undiscounted return of each episode: a dict of [N, T, E] -> [N, E]."""
+    return (batch["reward"] * batch["valid"]).sum(1)
+
+
+# =============================== 4. Update ===============================
+
+
+def inner_loss(logprob, advantage, weight, objective):
+    """The loss of a gradient step on each task. All [N, T, E], weight as in add_advantage. Returns [N].
+
+    Its first derivative is the policy gradient, -sum_t w_t A_t grad log pi_t, in both cases. They differ in
+    the second, which is what the meta-gradient is made of. [D1]
+        logprob  -sum_t w_t A_t grad^2 log pi_t, as published: as if moving theta did not change which states
+                 and actions are met.
+        dice     adds -sum_t w_t A_t (S_t S_t^T - S_t-1 S_t-1^T), S_t = sum_{u <= t} grad log pi_u: how likely
+                 the whole past of step t is. Unbiased, with more noise. (Foerster et al. 2018,
+                 arXiv:1802.05098, in the form for advantages: Farquhar et al. 2019, arXiv:1909.10549)
+    """
+    if objective == "dice":
+        logprob = logprob - logprob.detach()  # value 0, derivatives of logprob
+        past = (logprob * (weight > 0)).cumsum(1)  # of the actions up to t
+        logprob = past.exp() - (past - logprob).exp()  # value 0
+    return -(weight * advantage * logprob).sum((1, 2))
+
+
+def inner_step(policy, phi, batch, step_size, args, create_graph=False):
+    """One step of gradient descent on each task's loss. phi: list of [N, ...] -> phi' likewise. [Alg 3 l.7]
+
+    create_graph: let theta' be differentiated for theta.
+    """
+    logprob = policy.distribution(policy(batch["obs"].flatten(1, 2), phi)).log_prob(
+        batch["action"].flatten(1, 2)
+    )
+    loss = inner_loss(
+        logprob.view_as(batch["weight"]), batch["advantage"], batch["weight"], args.inner_objective
+    )
+    # T5: tasks share no weight, so the gradient of the sum is each one's own.
+    grads = torch.autograd.grad(loss.sum(), phi, create_graph=create_graph and not args.first_order)
+    return [p - step_size * grad for p, grad in zip(phi, grads, strict=True)]
+
+
+def adapted_output(policy, inner, outer, args, create_graph=True):
+    """The adapted policies' output in the outer states, as a function of theta. [Eq 4]
+
+    inner: the batches of the gradient steps; outer: the batch after them. Returns Policy.forward's output.
+    """
+    phi = policy.per_task(len(outer["weight"]))
+    for batch in inner:
+        phi = inner_step(policy, phi, batch, args.inner_lr, args, create_graph)
+    return policy(outer["obs"].flatten(1, 2), phi)
+
+
+def surrogate_loss(policy, output, old_output, outer):
+    """-mean over tasks of mean_t (pi / pi_old) A_t: at pi_old its gradient is the policy's. [TRPO Eq 14]"""
+    action = outer["action"].flatten(1, 2)
+    new, old = policy.distribution(output).log_prob(action), policy.distribution(old_output).log_prob(action)
+    ratio = (new - old).exp()  # [N, M]
+    return -(outer["weight"] * outer["advantage"]).flatten(1, 2).mul(ratio).sum(1).mean()
+
+
+def mean_kl(policy, output, old_output, outer):
+    """Mean over tasks of mean_t KL(pi_old || pi) of the ADAPTED policies, which are those that play. [T8]"""
+    kl = kl_divergence(policy.distribution(old_output), policy.distribution(output))  # [N, M]
+    return (outer["weight"].flatten(1, 2) * kl).sum(1).mean()
+
+
+def flatten(tensors):
+    """A list of tensors -> one vector."""
+    return torch.cat([x.reshape(-1) for x in tensors])
+
+
+def fisher_product(policy, output, outer):
+    """Returns v -> F v, F the Hessian of mean_kl in theta, at the theta that made output. v: [theta].
+
+    With J = d output / d theta and H the Hessian of the KL in the output, the Hessian is J^T H J plus a term
+    in the KL's first derivative, which is zero here: nothing is left out. J runs through the inner steps, and
+    all graphs are built once and used by every product. [TRPO App C]
+    """
+    theta = list(policy.theta)
+    at_old = [x.detach().clone().requires_grad_() for x in output]
+    slope = torch.autograd.grad(
+        mean_kl(policy, at_old, [x.detach() for x in output], outer), at_old, create_graph=True
+    )
+    dummy = [torch.zeros_like(x, requires_grad=True) for x in output]
+    pullback = torch.autograd.grad(output, theta, dummy, create_graph=True)  # J^T dummy, linear in dummy
+
+    def product(vector):
+        parts = [
+            part.view_as(p) for part, p in zip(vector.split([p.numel() for p in theta]), theta, strict=True)
+        ]
+        change = torch.autograd.grad(pullback, dummy, parts, retain_graph=True)  # J v
+        change = torch.autograd.grad(slope, at_old, change, retain_graph=True)  # H J v
+        return flatten(torch.autograd.grad(output, theta, change, retain_graph=True))  # J^T H J v
+
+    return product
+
+
+def conjugate_gradient(product, b, steps, tolerance=1e-10):
+    """Solve A x = b for a positive definite A given as x -> A x. b: [n]. Returns x after that many steps."""
+    x, residual = torch.zeros_like(b), b
+    direction, square = residual, residual @ residual
+    for _ in range(steps):
+        image = product(direction)
+        step = square / (direction @ image)
+        x = x + step * direction  # T9: new tensors each time, since these begin as one and the same
+        residual = residual - step * image
+        last, square = square, residual @ residual
+        if square < tolerance:
+            break
+        direction = residual + square / last * direction
+    return x
+
+
+def line_search(policy, inner, outer, old_output, old_loss, step, args):
+    """Move theta by step, shortened by .8 until the loss falls and the KL is at most delta, or not at all.
+
+    Returns the loss, the KL and the share of the step that was taken (0: none). [T8]
+    """
+    theta = [p.detach().clone() for p in policy.theta]
+    for shorten in [0.8**k for k in range(15)]:
+        vector_to_parameters(flatten(theta) + shorten * step, policy.theta)
+        output = adapted_output(policy, inner, outer, args, create_graph=False)
+        loss = surrogate_loss(policy, output, old_output, outer).detach()
+        kl = mean_kl(policy, output, old_output, outer).detach()
+        if loss < old_loss and kl <= args.max_kl:  # false for nan, too
+            return loss, kl, shorten
+    vector_to_parameters(flatten(theta), policy.theta)
+    return old_loss, torch.zeros_like(old_loss), 0.0
+
+
+def update(policy, inner, outer, args):
+    """One step of TRPO on theta, in place. inner: K batches; outer: the one after them. [Alg 3 l.10]
+
+    Returns metrics.
+    """
+    output = adapted_output(policy, inner, outer, args)
+    old_output = [x.detach() for x in output]
+    loss = surrogate_loss(policy, output, old_output, outer)
+    gradient = flatten(torch.autograd.grad(loss, list(policy.theta), retain_graph=True))
+    some = outer
+    if args.fisher_fraction < 1:  # D5
+        count = math.ceil(args.fisher_fraction * len(outer["weight"]))
+        *some_inner, some = [{name: x[:count] for name, x in batch.items()} for batch in (*inner, outer)]
+        output = adapted_output(policy, some_inner, some, args)
+    fisher = fisher_product(policy, output, some)
+    direction = conjugate_gradient(lambda v: fisher(v) + args.cg_damping * v, gradient, args.cg_steps)
+    # The KL along it is about x^T F x / 2, and x^T F x = x^T g for what conjugate gradient returns.
+    step = -direction * (2 * args.max_kl / (direction @ gradient)).sqrt()
+    new_loss, kl, shorten = line_search(policy, inner, outer, old_output, loss.detach(), step, args)
+    weight = outer["weight"]
+    center = (outer["ret"] * weight).sum((1, 2), keepdim=True)
+    error, spread = ((weight * (outer["ret"] - x) ** 2).sum() for x in (outer["value"], center))
+    entropy = policy.distribution(old_output).entropy() * weight.flatten(1, 2)
+    metrics = {
+        "losses/policy": new_loss,
+        "debug/kl": kl,
+        "debug/step": shorten,
+        "debug/grad_norm": gradient.norm(),
+    }
+    metrics |= {"debug/entropy": entropy.sum(1).mean(), "debug/explained_variance": 1 - error / spread}
+    for when, batch in (("before", [*inner, outer][0]), ("after", outer)):
+        metrics[f"charts/return_{when}"] = returns_of(batch).mean()
+    return {name: float(x) for name, x in metrics.items()}
+
+
+# ================================ 5. Adapt ===============================
+
+
+def adapt(policy, act_fn, env, tasks, step_sizes, args, seed=None):
+    """Learn tasks by gradient steps: play, step, play, ..., play. The same in training as on a new task.
+
+    tasks: [N, task_dim], of env.num_envs / N episodes each. Returns a list of batches, as add_advantage makes
+    them, played after 0, 1, ..., len(step_sizes) gradient steps.
+    """
+    phi, batches = policy.per_task(len(tasks)), []
+    for stage, step_size in enumerate([*step_sizes, None]):
+        stage_seed = None if seed is None else seed + stage
+        episodes = rollout(policy, act_fn, env, tasks, phi, args.oracle, stage_seed)
+        batches.append(add_advantage(episodes, args.gamma, args.gae_lambda))
+        if step_size is not None:
+            phi = inner_step(policy, phi, batches[-1], step_size, args)
+            phi = [p.detach().requires_grad_() for p in phi]
+            if not torch.isfinite(flatten(phi)).all():
+                fail(f"--inner-lr {args.inner_lr}: weights are not finite after gradient step {stage + 1}")
+    return batches
+
+
+# ============================== 6. Evaluate ==============================
+
+EVAL_SEED = 20_161_109  # of starts, noise and actions in every evaluation of every run
+
+
+def evaluate(policy, env, num_tasks, act_fn, args):
+    """The same frozen held-out tasks after 0, 1, 2, 3 (or args.inner_steps) gradient steps. [T7]"""
+    with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
+        torch.manual_seed(EVAL_SEED)
+        tasks = env.sample_tasks(num_tasks, split="test")
+        later = [args.inner_lr * args.eval_lr_factor] * (max(3, args.inner_steps) - 1)
+        batches = adapt(policy, act_fn, env, tasks, [args.inner_lr, *later], args, seed=EVAL_SEED)
+    returns = torch.stack([returns_of(batch).mean(1) for batch in batches], 1)  # [N, steps + 1]
+    lengths = torch.stack([batch["valid"].sum((1, 2)) for batch in batches], 1)  # of all E episodes together
+    reached = [(batch["success"] * batch["valid"]).amax(1).mean(1) for batch in batches]
+    success = torch.stack(reached, 1)
+    return summarize(returns, lengths, success if env.has_success else None)
+
+
+def summarize(returns, lengths, success=None):
+    """Held-out results as metrics. All [N, stages]; stage 0 begins with no knowledge of the task.
+
+    A stage is what lies between two looks at an adapting agent. lengths: in environment steps.
+    """
+    num_tasks, num_stages = returns.shape
+    to_error = max(num_tasks - 1, 1) ** -0.5  # from the deviation in this sample to a standard error
+    steps_before = lengths.cumsum(1) - lengths
+    metrics = {"eval/adaptation_gain": (returns[:, -1] - returns[:, 0]).mean()}
+    stride = max(1, num_stages // 10)  # of a hundred pulls, every tenth will do
+    for stage in sorted({*range(min(2, num_stages)), *range(0, num_stages, stride), num_stages - 1}):
+        metrics[f"eval/return_ep{stage}"] = returns[:, stage].mean()
+        metrics[f"eval/return_se_ep{stage}"] = returns[:, stage].std(correction=0) * to_error
+        metrics[f"eval/adapt_steps_ep{stage}"] = steps_before[:, stage].mean()
+        metrics[f"eval/length_ep{stage}"] = lengths[:, stage].mean()
+        if success is not None:
+            metrics[f"eval/success_ep{stage}"] = success[:, stage].mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+# ==================== Run folder, log, checkpoint [shared] ====================
+
+SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
+MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()
+ENTRIES = set("script args modules rng cuda_rng iteration global_step metrics_bytes wandb_id".split())
+
+
+def fail(message):
+    """End the program with one clear line instead of a traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+def require(condition, flag, value, expected):
+    """Stop, before any training, over a flag that is out of range."""
+    if not condition:
+        fail(f"--{flag.replace('_', '-')} {value}: expected {expected}")
+
+
+def parse_args(args_class, argv=None):
+    """Command line -> args, checkpoint. For --resume and --evaluate its flags are the defaults."""
+
+    def parse(default):
+        words = io.StringIO()  # tyro draws a box around its complaints: keep the words
+        try:
+            with contextlib.redirect_stderr(words):
+                return tyro.cli(args_class, args=argv, default=default, description=__doc__)
+        except SystemExit as stop:
+            if not stop.code:
+                raise  # --help
+            fail(" ".join(re.sub(r"[^\x20-\x7e]+", " ", words.getvalue()).split()))
+
+    args = parse(args_class())
+    if args.resume and args.evaluate:
+        fail("--resume continues training and --evaluate does not train: give one of them")
+    if not (args.resume or args.evaluate):
+        return args, None
+    checkpoint = load_checkpoint(args.resume or args.evaluate)
+    if checkpoint["args"].keys() != asdict(args).keys():
+        fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py, which had other flags")
+    saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
+    args = parse(saved)
+    for name in [field.name for field in fields(args_class) if field.name not in ("resume", "evaluate")]:
+        given, was = getattr(args, name), getattr(saved, name)
+        if given != was and (name not in MAY_CHANGE if args.resume else name == "env_id"):
+            fail(f"--{name.replace('_', '-')} {given}: {checkpoint['file']} was trained with {was}")
+    return args, checkpoint
+
+
+def check_experiment(args):
+    """Check the flags that every script has. Returns the torch device."""
+    for name in ("total_timesteps", "eval_every", "save_every"):
+        require(getattr(args, name) > 0, name, getattr(args, name), "a positive number")
+    require(0 <= args.seed < 2**30, "seed", args.seed, "a whole number from 0 to 2^30 - 1")
+    require(args.device in ("auto", "cpu", "cuda"), "device", args.device, "auto, cpu or cuda")
+    cuda = torch.cuda.is_available()
+    require(cuda or args.device != "cuda", "device", "cuda", "cpu, since PyTorch sees no GPU on this machine")
+    return torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+
+
+def make_env(env_id, num_envs, device, seed):
+    """common.make, whose complaints end the program in one line."""
+    try:
+        return common.make(env_id, num_envs=num_envs, device=device, seed=seed)
+    except (ValueError, ImportError) as error:
+        fail(f"--env-id {env_id}: {error}")
+
+
+def clock(device):
+    """Seconds, once all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of this script (the file, or its run folder); anything else ends in one line."""
+    file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"there is no checkpoint at {file}")
+    except Exception as error:  # whatever a damaged or foreign file makes the reader say
+        fail(f"{file} cannot be read as a checkpoint ({type(error).__name__})")
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= ENTRIES:
+        fail(f"{file} is not a checkpoint of this project")
+    if checkpoint["script"] != SCRIPT:
+        fail(f"{file} was written by {checkpoint['script']}.py, this is {SCRIPT}.py")
+    return {**checkpoint, "file": str(file)}
+
+
+def restore(checkpoint, modules):
+    """Put the saved state into modules, a dict of all that has a state_dict; and set the random states."""
+    for name, module in modules.items():
+        try:
+            module.load_state_dict(checkpoint["modules"][name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            fail(f"the {name} of {checkpoint['file']} does not fit: {' '.join(str(error).split())[:200]}")
+    torch.set_rng_state(checkpoint["rng"])
+    if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+
+
+def start_run(args, checkpoint):
+    """Make (to resume: reopen) the run folder and its log. Returns folder, log, wandb, wandb_id, unsent."""
+    stamp = f"{SCRIPT}__{args.env_id}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.run_dir) / re.sub(r"[^\w.-]", ".", stamp)
+    folder = folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
+    folder = Path(checkpoint["file"]).parent if checkpoint else folder
+    wandb_id = checkpoint["wandb_id"] if checkpoint else ""
+    run = {"folder": folder, "wandb": None, "wandb_id": wandb_id, "unsent": []}
+    try:
+        folder.mkdir(parents=True, exist_ok=bool(checkpoint))
+        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        run["log"] = open(folder / "metrics.jsonl", "a+")  # noqa: SIM115 (open as long as the run)
+        if checkpoint:  # rows past the checkpoint will be made again
+            run["log"].truncate(run["log"].seek(min(checkpoint["metrics_bytes"], run["log"].tell())))
+    except OSError as error:
+        fail(f"--run-dir {folder.parent}: cannot write {folder} ({error.strerror})")
+    if args.track:
+        import wandb
+
+        where = {"project": args.wandb_project, "entity": args.wandb_entity or None, "dir": folder}
+        identity = {"name": folder.name, "id": wandb_id or None, "resume": "allow"}
+        try:
+            run["wandb"] = wandb.init(**where, **identity, config=asdict(args), save_code=True)
+        except wandb.errors.Error as error:
+            fail(f"--track: {' '.join(str(error).split())} (WANDB_MODE=offline needs no account)")
+        run["wandb_id"] = run["wandb"].id
+        run["wandb"].define_metric("*", step_metric="global_step")
+    return run
+
+
+def check_finite(run, global_step, metrics):
+    """A number that is not finite stops the run before it can be saved."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            last_good = run["folder"] / "checkpoint.pt"
+            fail(f"{name} is {value} at step {global_step}; {last_good} is from before it")
+
+
+def log(run, global_step, metrics):
+    """A row for metrics.jsonl now, and for W&B once a checkpoint covers it: resuming sends none twice."""
+    row = {"global_step": global_step, **metrics}
+    try:
+        run["log"].write(json.dumps(row) + "\n")
+        run["log"].flush()
+    except OSError as error:
+        fail(f"cannot write {run['log'].name} ({error.strerror}); go on later with --resume {run['folder']}")
+    run["unsent"].append(row)
+
+
+def save_checkpoint(run, args, modules, iteration, global_step):
+    """All that decides the rest of the run, as plain tensors and numbers, in a file that is always whole."""
+    checkpoint = {"script": SCRIPT, "args": asdict(args), "iteration": iteration, "global_step": global_step}
+    checkpoint["modules"] = {name: module.state_dict() for name, module in modules.items()}
+    checkpoint["rng"] = torch.get_rng_state()
+    checkpoint["cuda_rng"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    checkpoint |= {"metrics_bytes": run["log"].tell(), "wandb_id": run["wandb_id"]}
+    file = run["folder"] / "checkpoint.pt"
+    try:
+        with open(f"{file}.tmp", "wb") as handle:
+            torch.save(checkpoint, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(f"{file}.tmp", file)  # a crash leaves the old one or the new one, never half of one
+    except (OSError, RuntimeError) as error:
+        Path(f"{file}.tmp").unlink(missing_ok=True)
+        fail(f"cannot save {file} ({' '.join(str(error).split())}); the one before it, if any, is untouched")
+    if run["wandb"] is not None:
+        for row in run["unsent"]:
+            run["wandb"].log(row)
+    run["unsent"].clear()
+
+
+def print_report(env, metrics, num_tasks, stage):
+    """The held-out result as a small table, beside the references that the task distribution knows.
+
+    stage: what the numbers in eval/return_ep0, ep1, ... count.
+    """
+    stages = [int(key[14:]) for key in metrics if key.startswith("eval/return_ep")]
+    columns = [c for c in ("adapt_steps", "return", "return_se", "success") if f"eval/{c}_ep0" in metrics]
+    print(f"\n{env.spec.id}: {num_tasks} held-out tasks")
+    print("".join(f"{column:>14}" for column in (stage, *columns)))
+    for number in stages:
+        cells = [f"{metrics[f'eval/{key}_ep{number}']:14.3f}" for key in columns]
+        print(f"{number:14d}" + "".join(cells))
+    tables = {"an episode": env.references}
+    if "eval/return_trial" in metrics:
+        total, error = metrics["eval/return_trial"], metrics["eval/return_trial_se"]
+        print(f"sum over the trial: {total:.3f} +- {error:.3f} (standard error)")
+        tables["the trial"] = env.trial_references.get(stages[-1] + 1, {})
+    for what, players in tables.items():
+        for player, value in players.items():
+            print(f"reference, {what}: {player} {value:.3f}")
+
+
+# ================================ 7. Main ================================
+
+
+def check_maml(args):
+    """Check the flags of this script, except for what depends on the environment."""
+    positive = ("num_tasks", "episodes_per_task", "hidden_size", "cg_steps", "eval_episodes")
+    for name in (*positive, "inner_lr", "init_std", "max_kl", "eval_lr_factor"):
+        require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
+    for name in ("inner_steps", "cg_damping", "eval_tasks"):
+        require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
+    for name in ("gamma", "gae_lambda"):
+        require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "a number from 0 to 1")
+    require(0 < args.fisher_fraction <= 1, "fisher_fraction", args.fisher_fraction, "more than 0, at most 1")
+    require(
+        args.inner_objective in ("logprob", "dice"),
+        "inner_objective",
+        args.inner_objective,
+        "logprob or dice",
+    )
+
+
+def main(argv=None):
+    args, checkpoint = parse_args(Args, argv)
+    device = check_experiment(args)
+    check_maml(args)
+    torch.manual_seed(args.seed)
+
+    env = make_env(
+        args.env_id, 1 if args.evaluate else args.num_tasks * args.episodes_per_task, device, args.seed
+    )
+    num_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
+    require(num_tasks <= held_out, "eval_tasks", num_tasks, f"at most {held_out}, all that are held out")
+    eval_env = make_env(args.env_id, num_tasks * args.eval_episodes, device, seed=0)
+    obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
+    obs_dim += args.oracle * env.task_space.shape[0]
+    policy = Policy(obs_dim, action_space, args.hidden_size, args.init_std).to(device)
+    act_fn = torch.compile(act) if args.compile else act
+    modules = {"policy": policy, "env": env}  # all that has a state
+    if args.evaluate:
+        restore(checkpoint, {"policy": policy})
+        print_report(
+            eval_env, evaluate(policy, eval_env, num_tasks, act_fn, args), num_tasks, "gradient steps"
+        )
+        return
+
+    iteration = global_step = 0
+    if checkpoint:
+        restore(checkpoint, modules)
+        iteration, global_step = checkpoint["iteration"], checkpoint["global_step"]
+    run = start_run(args, checkpoint)
+    save_checkpoint(run, args, modules, iteration, global_step)  # a run can be resumed from its first second
+    report, total = {}, args.total_timesteps
+
+    with tqdm(total=total, initial=global_step, unit="step", unit_scale=True) as bar:
+        while global_step < total:
+            start = clock(device)
+
+            # Collect: a meta-batch of tasks, played before and after every gradient step.
+            tasks = env.sample_tasks(args.num_tasks)
+            *inner, outer = adapt(policy, act_fn, env, tasks, [args.inner_lr] * args.inner_steps, args)
+            collected = clock(device)
+            metrics = update(policy, inner, outer, args)
+            learned = clock(device)
+
+            steps = int(sum(batch["valid"].sum(dtype=torch.int64) for batch in (*inner, outer)))
+            iteration, global_step = iteration + 1, global_step + steps
+            metrics |= {"charts/iteration": iteration, "charts/SPS": steps / (learned - start)}
+            metrics |= {"time/rollout": collected - start, "time/update": learned - collected}
+            check_finite(run, global_step, metrics)
+            if iteration % args.eval_every == 0 or global_step >= total:
+                report = evaluate(policy, eval_env, num_tasks, act_fn, args)
+                metrics |= {**report, "time/evaluate": clock(device) - learned}
+                bar.set_postfix(
+                    held_out=f"{report['eval/return_ep0']:.2f} -> {report['eval/return_ep1']:.2f}"
+                )
+            log(run, global_step, metrics)
+            if iteration % args.save_every == 0 or global_step >= total:
+                save_checkpoint(run, args, modules, iteration, global_step)
+            bar.update(steps)
+
+    if run["wandb"] is not None:
+        run["wandb"].finish()
+    report = report or evaluate(policy, eval_env, num_tasks, act_fn, args)
+    print_report(eval_env, report, num_tasks, "gradient steps")
+    print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
+
+
+if __name__ == "__main__":
+    main()
