@@ -217,11 +217,11 @@ def rollout(agent, env, tasks, num_episodes, window, seed=None):
 def gae(reward, value, valid, gamma, gae_lambda):
     """Generalised advantage estimation over sequences that end for good: nothing is bootstrapped after them.
 
-    reward, value, valid: [T, B]; valid is 1 for the steps of the sequence and 0 for the padding behind them.
-    Returns advantage [T, B], 0 in the padding.  A_t = delta_t + gamma lambda A_{t+1}  [GAE Eq 11, 16]
+    reward, value, valid: [T, ...]; valid is 1 for the steps of a sequence and 0 for the padding behind them.
+    Returns advantage [T, ...], 0 in the padding.  A_t = delta_t + gamma lambda A_{t+1}  [GAE Eq 11, 16]
 
-    A sequence is what the objective sums over. For RL^2 that is the trial, so the recursion runs straight
-    through the ends of episodes; cutting it there, as several public versions do, is T2.
+    A sequence is what the objective sums over: an episode, or RL^2's trial of several. Cutting a trial where
+    an episode ends, as several public versions do, would leave exploration in the first one unpaid.
     """
     advantage = torch.zeros_like(reward)
     next_value = next_advantage = torch.zeros_like(reward[0])
@@ -249,7 +249,7 @@ def make_sequences(trials, window, args):
     Where valid is 0 the entries mean nothing.
     """
     valid, value = trials["valid"], trials["value"]
-    advantage = gae(trials["reward"], value, valid, args.gamma, args.gae_lambda)
+    advantage = gae(trials["reward"], value, valid, args.gamma, args.gae_lambda)  # T2: of the whole trial
     mean, std = masked_mean(advantage, valid), masked_std(advantage, valid)
     data = {name: trials[name] for name in ("x", "action", "logprob", "value", "valid")}
     data["ret"] = advantage + value  # T5: of the advantages as they are; they are standardised next
@@ -621,7 +621,8 @@ def main(argv=None):
     modules = {"agent": agent, "optimizer": optimizer, "env": env}  # all that has a state
     if args.evaluate:
         restore(checkpoint, {"agent": agent})
-        print_report(eval_env, evaluate(agent, eval_env, args.episodes_per_trial), num_tasks, "episode")
+        report = evaluate(agent, eval_env, args.episodes_per_trial)
+        print_report(eval_env, report, num_tasks, "episode")
         return
 
     trial_steps = args.episodes_per_trial * env.horizon

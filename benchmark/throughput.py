@@ -231,7 +231,7 @@ def main():
     if "physics" in what:
         physics(options.device)
     if "maml" in what:
-        for fraction in (1.0, 0.25):
+        for fraction in (1.0, 0.5):
             print(f"\nFisher products over {fraction:.0%} of the tasks")
             maml(options.device, "PointGoal-v0", fisher_fraction=fraction)
             maml(options.device, "HalfCheetahDir-v0", num_tasks=40, fisher_fraction=fraction)
