@@ -110,9 +110,7 @@ class Args:
     max_kl: float = 0.01  # delta, how far one meta-step may move the adapted policies
     cg_steps: int = 10  # conjugate gradient iterations, a Fisher product each
     cg_damping: float = 1e-5  # added to the diagonal of F
-    fisher_fraction: float = (
-        0.5  # share of the tasks that Fisher products are taken over, most of the time [D5]
-    )
+    fisher_fraction: float = 0.5  # share of the tasks that Fisher products are taken over [D5]
     eval_episodes: int = 40  # episodes before each gradient step at evaluation
     eval_lr_factor: float = 0.5  # at evaluation, steps from the second on are this much of inner_lr [D6]
     eval_tasks: int = 100  # held-out tasks to evaluate on; 0: all there are, at most 10,000
