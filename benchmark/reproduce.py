@@ -36,6 +36,12 @@ MAZE = (
     " --gamma 0.97 --gae-lambda 0.9 --entropy-coef 0.1 --total-timesteps 10000000 --eval-every 20"
 )
 
+CHEETAH = (
+    "--env-id HalfCheetah{}-v0 --num-tasks {} --inner-lr 0.1 --fisher-fraction 1 --total-timesteps {}000000"
+    " --eval-tasks 40 --eval-episodes 20 --eval-every 25"
+)
+CHEETAH_DIR, CHEETAH_VEL = CHEETAH.format("Dir", 10, 64), CHEETAH.format("Vel", 20, 64)
+
 # name: (script, flags, seeds, minutes a run on one core, reference)
 ENTRIES = {
     "rl2_bandit5_n10": ("rl2_ppo.py", "", (1, 2, 3), 3, "Bayes-optimal 6.660, paper 6.7"),
@@ -53,6 +59,30 @@ ENTRIES = {
     ),
     "maml_pointgoal_pretrained": ("maml_trpo.py", "--inner-steps 0", (1, 2, 3), 3, "below MAML"),
     "maml_pointgoal_told": ("maml_trpo.py", "--inner-steps 0 --oracle", (1, 2, 3), 3, "paper -2.29"),
+    "maml_cheetah_dir": ("maml_trpo.py", CHEETAH_DIR, (1,), 80, "paper's simulator -50.7, 293, 313.5, 315.7"),
+    "maml_cheetah_vel": (
+        "maml_trpo.py",
+        CHEETAH_VEL,
+        (1,),
+        80,
+        "paper's simulator -129, -78.6, -66.6, -60.8",
+    ),
+    "maml_cheetah_dir_told": (
+        "maml_trpo.py",
+        f"{CHEETAH_DIR} --inner-steps 0 --oracle",
+        (1,),
+        60,
+        "paper 443",
+    ),
+    "maml_cheetah_vel_told": (
+        "maml_trpo.py",
+        f"{CHEETAH_VEL} --inner-steps 0 --oracle",
+        (1,),
+        60,
+        "paper -54.5",
+    ),
+    "maml_cheetah_dir_pretrained": ("maml_trpo.py", f"{CHEETAH_DIR} --inner-steps 0", (1,), 60, "below MAML"),
+    "maml_cheetah_vel_pretrained": ("maml_trpo.py", f"{CHEETAH_VEL} --inner-steps 0", (1,), 60, "below MAML"),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }
 
