@@ -6,7 +6,7 @@ held against.
     python -m benchmark.baselines gridnavi     # all of the 21 goals
     python -m benchmark.baselines maze         # 1,000 held-out mazes, a minute
     python -m benchmark.baselines points
-    python -m benchmark.baselines locomotion   # needs mujoco; four minutes
+    python -m benchmark.baselines locomotion   # needs mujoco; some minutes
     python -m benchmark.baselines all --tasks 500
 
 Each prints a table with standard errors beside the paper's numbers, then the dict literal that stands in

@@ -395,4 +395,15 @@ class HopperRandParams(RandParams, Hopper):
     """task_dim 34; obs [B, 11], actions in [-1, 1]^3, horizon 200 or a fall, .008 s a step."""
 
 
-REFERENCES = {}  # id -> {player: return}, to be measured by benchmark
+# python -m benchmark.baselines locomotion: 40 held-out tasks, 20 starts each, one episode. "random" is uniform
+# in the action box, "still" does nothing.
+REFERENCES = {
+    "AntDir-v0": {"random": 3.5, "still": 10.1},
+    "AntGoal-v0": {"random": -700.4, "still": -472.6},
+    "AntVel-v0": {"random": -44.6, "still": -72.4},
+    "HalfCheetahDir-v0": {"random": -19.8, "still": 0.0},
+    "HalfCheetahVel-v0": {"random": -332.1, "still": -282.2},
+    "HopperRandParams-v0": {"random": 19.1, "still": 139.7},
+    "HumanoidDir-v0": {"random": 118.3, "still": 201.7},
+    "Walker2dRandParams-v0": {"random": 3.5, "still": 84.3},
+}

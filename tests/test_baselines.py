@@ -264,3 +264,13 @@ def test_point_constants(env_id):
     for player, value in env.references.items():
         mean, error = baselines.mean_and_error(baselines.play_points(env, tasks, player))
         assert math.isclose(mean, value, abs_tol=6 * error + 1e-3), (player, mean, error)
+
+
+@pytest.mark.parametrize("env_id", ["HalfCheetahDir-v0", "HopperRandParams-v0"])
+@pytest.mark.parametrize("player", ["random", "still"])
+def test_the_locomotion_constants_are_what_the_players_reach(env_id, player):
+    pytest.importorskip("mujoco")
+    env = common.make(env_id, num_envs=80, seed=0)
+    tasks = env.sample_tasks(40, split="test").repeat_interleave(2, 0)
+    mean, error = baselines.mean_and_error(baselines.play_locomotion(env, tasks, player).view(40, 2).mean(1))
+    assert abs(mean - env.references[player]) < 4 * error + 0.1
