@@ -231,8 +231,8 @@ def main():
     if "physics" in what:
         physics(options.device)
     if "maml" in what:
-        for fraction in (1.0, 0.5):
-            print(f"\nFisher products over {fraction:.0%} of the tasks")
+        for fraction in (1.0, 0.25):
+            print(f"\nFisher products over {fraction:.0%} of the episodes")
             maml(options.device, "PointGoal-v0", fisher_fraction=fraction)
             maml(options.device, "HalfCheetahDir-v0", num_tasks=40, fisher_fraction=fraction)
     if "rl2" in what:

@@ -395,8 +395,8 @@ class HopperRandParams(RandParams, Hopper):
     """task_dim 34; obs [B, 11], actions in [-1, 1]^3, horizon 200 or a fall, .008 s a step."""
 
 
-# python -m benchmark.baselines locomotion: 40 held-out tasks, 20 starts each, one episode. "random" is uniform
-# in the action box, "still" does nothing.
+# python -m benchmark.baselines locomotion: 40 held-out tasks, 20 starts each, one episode. "random" is
+# uniform in the action box, "still" does nothing.
 REFERENCES = {
     "AntDir-v0": {"random": 3.5, "still": 10.1},
     "AntGoal-v0": {"random": -700.4, "still": -472.6},
