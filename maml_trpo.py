@@ -5,47 +5,49 @@ THE IDEA
     Ordinary training over many tasks finds the one policy that is best on average, and that can be a bad
     place to learn from. MAML asks something else of the weights theta: that the policy be good AFTER a step
     of policy gradient on a handful of episodes of the task at hand. The objective is the return of
-    theta' = theta - alpha grad L(theta), and its gradient runs through the step itself: the second
-    derivatives of L say how moving theta would move the place where the step lands.
+    theta' = theta - alpha grad L(theta), and its gradient runs through that step: the second derivatives of
+    L say how theta' moves when theta does.
 
-    The learner is plain policy gradient, in training as at test time. Only its starting point is learned;
-    so it goes on improving when it is given more steps, or tasks unlike those of training.
+    The learner is plain policy gradient, in training as at test time. Only its starting point is learned,
+    so it can go on learning with more steps, or on tasks unlike those of training.
 
 ALGORITHM
     repeat
-        draw N tasks from p(T); for each, and all of them in one batched tensor program:         [Alg 3 l.3]
+        draw N tasks from p(T); for each, all in one batched tensor program:                     [Alg 3 l.3]
             play E episodes with theta                                                           [Alg 3 l.5]
-            theta' = theta - alpha grad L(theta),  L = -mean_t log pi(a_t | s_t) A_t       [Eq 4, Alg 3 l.7]
+            theta' = theta - alpha grad L(theta),  L = -mean_t log pi(a_t | s_t) A_t           [Alg 3 l.6-7]
             play E episodes with theta'                                                          [Alg 3 l.8]
-        L'(theta) = -mean over tasks of mean_t rho_t A'_t,  rho = pi_theta' / (pi_theta' as played)
-        g = grad L'(theta), through theta'; F = Hessian of the mean KL of the ADAPTED policies    [TRPO Eq 14]
-        solve F x = g by conjugate gradient; along -x go as far as KL <= delta should allow       [TRPO App C]
-        shorten the step by .8 until L' falls and KL <= delta                                   [Alg 3 l.10]
-    on a new task: play E episodes, take the gradient step, play again.
+        L'(theta) = -mean over tasks of mean_t rho_t A'_t,  rho = pi_theta' / pi_played        [TRPO Eq 14]
+        g = grad L'(theta), through theta';  F = Hessian of the adapted policies' mean KL      [TRPO App C]
+        solve F x = g by conjugate gradient; scale -x until the quadratic model of the KL is delta
+        shorten the step by .8 until L' falls and KL <= delta                         [Alg 3 l.10, Sec 5.3]
+    on a new task: play, step, play again.
     TRPO: Schulman et al. 2015, arXiv:1502.05477. GAE: Schulman et al. 2016, arXiv:1506.02438.
 
 DIFFERS FROM THE PAPER
-    D1  As published, the inner loss has the right first derivative and a second one that lacks how theta
-        changes the states that are met. --inner-objective dice has both right; it is noisier.
+    D1  As in the authors' code, the inner loss has the policy gradient as its first derivative, but in its
+        second one theta does not change which states and actions are met (Rothfuss et al. 2019,
+        arXiv:1810.06784). --inner-objective dice keeps that term; it is noisier.
     D2  Two hidden layers of 64 tanh units instead of 100 ReLUs: smaller, and smooth.
-    D3  Actions are in units of the environment's bounds, so that one initial deviation fits every task. In 2D
-        navigation the paper's deviation of 1 is ten times the largest step; 1 here is one such step.
+    D3  Actions are in units of the environment's bounds, as in the authors' code; the paper does not say.
     D4  As in the authors' code the baseline is fitted to the very returns that it is subtracted from: theta'
         differs in every task, so an older fit would not do. GAE's lambda is .98 instead of 1.
-    D5  fisher_fraction < 1 takes Fisher products over some of the outer episodes (TRPO's appendix C). Leaving
-        out tasks instead diverges: F does not see where the other tasks' gradients lead.
-    D6  The paper's evaluation halves the step size after the first gradient step, ours takes a quarter: as the
-        deviation of actions shrinks in training, gradients grow, and some tasks overshoot.
+    D5  Fisher products are exact; the paper takes finite differences of gradients. fisher_fraction < 1 takes
+        them over some of the outer episodes (TRPO's appendix C). Leaving out tasks instead diverges: F does
+        not see where the other tasks' gradients lead.
+    D6  In 2D navigation alpha is .5 as in the authors' script (the paper: .1). At evaluation it is a quarter
+        of that from the second gradient step on (the paper: half): as the deviation of actions shrinks in
+        training, gradients grow, and some tasks overshoot. The last policy is evaluated, not the best one.
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  Log-probabilities or KL averaged over action dimensions: steps shrink as bodies grow.
-    T2  Tasks that share their action noise (workers forked with one random state): gradients agree too well.
+    T2  Tasks that share their action noise (workers forked with one random state): correlated gradients.
     T3  The baseline's clock running over the whole batch instead of each episode.
-    T4  Episodes that end early: what follows in their row is no data, and in a mean of means they weigh more.
-    T5  theta' detached from theta: first-order MAML under the name of MAML.
+    T4  Episodes that end early: what follows in their row is padding, and in a mean of means they weigh more.
+    T5  The inner gradient detached (create_graph forgotten): first-order MAML under the name of MAML.
     T6  A task adapted on another task's episodes (repeat instead of repeat_interleave).
     T7  "Before" and "after" on different tasks, or on training tasks.
-    T8  The KL of the policy before adaptation bounded, or a step accepted that breaks the bound.
+    T8  The KL bounded before adaptation instead of after it, or a step accepted that breaks the bound.
     T9  Conjugate gradient updated in place, residual and direction being one tensor at the start.
 
 RUN
@@ -100,20 +102,20 @@ class Args:
 
     num_tasks: int = 20  # N, tasks of a meta-batch
     episodes_per_task: int = 20  # E, episodes of a task that one gradient step is made of, inner or outer
-    inner_steps: int = 1  # K, gradient steps to adapt; 0: train for the mean task, the "pretrained" baseline
+    inner_steps: int = 1  # K, gradient steps to adapt; 0: plain multi-task TRPO, the "pretrained" baseline
     inner_lr: float = 0.5  # alpha, size of these steps; too large and the outer loop sees only noise
-    inner_objective: str = "logprob"  # logprob (as published), or dice: its second derivative is right [D1]
-    first_order: bool = False  # drop the second derivatives: theta' = theta + a constant
+    inner_objective: str = "logprob"  # logprob (the authors'), or dice: the full second derivative [D1]
+    first_order: bool = False  # first-order MAML: drop all second derivatives
     oracle: bool = False  # tell the policy its task; with inner_steps 0 this is the "told" reference line
     hidden_size: int = 64  # width of the policy's two hidden layers [D2]
     init_std: float = 1.0  # standard deviation of the first actions, whose bounds are -1 and 1 [D3]
     gamma: float = 0.99  # discount per step
     gae_lambda: float = 0.98  # GAE: 1 uses whole sampled returns, less leans on the baseline [D4]
     max_kl: float = 0.01  # delta, how far one meta-step may move the adapted policies
-    cg_steps: int = 10  # conjugate gradient iterations, a Fisher product each
+    cg_steps: int = 10  # conjugate gradient iterations, one Fisher product each
     cg_damping: float = 1e-5  # added to the diagonal of F
     fisher_fraction: float = 1.0  # share of the outer episodes in the Fisher products [D5]
-    eval_episodes: int = 40  # episodes before each gradient step at evaluation
+    eval_episodes: int = 40  # episodes of a gradient step at evaluation (the paper's number)
     eval_lr_factor: float = 0.25  # at evaluation, steps from the second on are this much of inner_lr [D6]
     eval_tasks: int = 100  # held-out tasks to evaluate on; 0: all there are, at most 10,000
 
@@ -170,8 +172,10 @@ class Policy(nn.Module):
 
 
 def act(policy, obs, phi):
-    """Sample actions: obs [N, E, obs], phi [N, ...] -> [N, E] or [N, E, act]. One draw for all tasks. [T2]"""
-    return policy.distribution(policy(obs, phi)).sample()
+    """obs [N, E, obs], phi [N, ...] -> actions [N, E] or [N, E, act], and their log-probability [N, E]."""
+    policies = policy.distribution(policy(obs, phi))
+    action = policies.sample()  # T2: one draw for all tasks
+    return action, policies.log_prob(action)
 
 
 @torch.no_grad()
@@ -180,13 +184,13 @@ def rollout(policy, act_fn, env, tasks, phi, oracle, seed=None):
 
     tasks: [N, task_dim]; oracle: append the task to obs; seed: of starts and noise.
     Returns a dict of [T, N, E, ...] tensors, T at least the steps of the longest episode: obs, action,
-    reward, success, valid (1 inside the episode, 0 after).
+    logprob, reward, success, valid (1 inside the episode, 0 after).
     """
     num_tasks = len(tasks)
-    rows = tasks.repeat_interleave(env.num_envs // num_tasks, 0)  # T6: an environment's task is its row's
-    env.set_tasks(rows)
+    task_of_env = tasks.repeat_interleave(env.num_envs // num_tasks, 0)  # T6: [N * E, task_dim], task by task
+    env.set_tasks(task_of_env)
     obs, _ = env.reset(seed=seed)
-    told = rows if oracle else rows[:, :0]
+    told = task_of_env if oracle else task_of_env[:, :0]
     valid = torch.ones(env.num_envs, device=obs.device)
     no_success = torch.zeros_like(valid)
     steps = []
@@ -194,11 +198,11 @@ def rollout(policy, act_fn, env, tasks, phi, oracle, seed=None):
         if env.terminates and step % 10 == 0 and not bool(valid.any()):
             break  # every episode is over
         x = torch.cat([obs, told], 1).unflatten(0, (num_tasks, -1))  # [N, E, obs]
-        action = act_fn(policy, x, phi)
+        action, logprob = act_fn(policy, x, phi)
         obs, reward, terminated, truncated, info = env.step(policy.to_env(action.flatten(0, 1)))
         played = {"reward": reward, "valid": valid, "success": info.get("success", no_success)}
         played = {name: value.unflatten(0, (num_tasks, -1)) for name, value in played.items()}
-        steps.append({"obs": x, "action": action, **played})
+        steps.append({"obs": x, "action": action, "logprob": logprob, **played})
         valid = valid * ~(terminated | truncated)  # T4: the environment begins anew, but that is no data
     return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
 
@@ -226,7 +230,7 @@ def linear_baseline(obs, ret, valid, ridge=1e-5):
     """Predict returns from a state and its time within the episode: for each task one ridge regression.
 
     obs: [T, N, E, obs]; ret, valid: [T, N, E]. Returns value [T, N, E]. One batched solve, in float64.
-    Features as in Duan et al. 2016, arXiv:1604.06778; the ridge helps where they outnumber the steps. [D4]
+    Features as in Duan et al. 2016, arXiv:1604.06778; the ridge is for fewer steps than features. [D4]
     """
     time = torch.arange(len(obs), device=obs.device).view(-1, 1, 1, 1) / 100
     time = time.expand(*valid.shape, 1)  # T3: since the episode began, in every episode the same
@@ -256,7 +260,7 @@ def add_advantage(episodes, gamma, gae_lambda):
     weight = valid / valid.sum((0, 2), keepdim=True)
     mean = (advantage * weight).sum((0, 2), keepdim=True)
     std = ((advantage - mean) ** 2 * weight).sum((0, 2), keepdim=True).sqrt()
-    advantage = (advantage - mean) / (std + 1e-8) * valid
+    advantage = (advantage - mean) / (std + 1e-8) * valid  # where no return says anything: noise of full size
     batch = {**episodes, "value": value, "ret": ret, "advantage": advantage, "weight": weight}
     return {name: x.transpose(0, 1).contiguous() for name, x in batch.items()}
 
@@ -269,21 +273,21 @@ def returns_of(batch):
 # =============================== 4. Update ===============================
 
 
-def inner_loss(logprob, advantage, weight, objective):
+def inner_loss(logprob, old_logprob, advantage, weight, objective):
     """The loss of a gradient step on each task. All [N, T, E], weight as in add_advantage. Returns [N].
 
-    Its first derivative is the policy gradient, -sum_t w_t A_t grad log pi_t, in both cases. They differ in
-    the second, which is what the meta-gradient is made of. [D1]
-        logprob  -sum_t w_t A_t grad^2 log pi_t, as published: as if moving theta did not change which states
-                 and actions are met.
-        dice     adds -sum_t w_t A_t (S_t S_t^T - S_t-1 S_t-1^T), S_t = sum_{u <= t} grad log pi_u: how likely
-                 the whole past of step t is. Unbiased, with more noise. (Foerster et al. 2018,
-                 arXiv:1802.05098, in the form for advantages: Farquhar et al. 2019, arXiv:1909.10549)
+    At the policy that played, logprob = old_logprob, the first derivative is -sum_t w_t A_t grad log pi_t in
+    both cases, the policy gradient. They differ in the second, which the meta-gradient is made of. [D1]
+        logprob  -sum_t w_t A_t grad^2 log pi_t, as if theta did not change which states and actions are met.
+        dice     adds -sum_t w_t A_t (S_t S_t^T - S_t-1 S_t-1^T), S_t = sum_{u <= t} grad log pi_u: theta also
+                 changes how likely the whole past of step t is. Unbiased where the advantages are. (Foerster
+                 et al. 2018, arXiv:1802.05098; for advantages: Farquhar et al. 2019, arXiv:1909.10549.) As
+                 likelihood ratios of what was played, so that the line search sees the same function.
     """
     if objective == "dice":
-        logprob = logprob - logprob.detach()  # value 0, derivatives of logprob
-        past = (logprob * (weight > 0)).cumsum(1)  # of the actions up to t
-        logprob = past.exp() - (past - logprob).exp()  # value 0
+        logratio = (logprob - old_logprob) * (weight > 0)
+        past = logratio.cumsum(1)  # of the actions up to t
+        logprob = past.exp() - (past - logratio).exp()
     return -(weight * advantage * logprob).sum((1, 2))
 
 
@@ -294,14 +298,15 @@ def inner_step(policy, phi, batch, step_size, args, create_graph=False):
     """
     policies = policy.distribution(policy(batch["obs"].flatten(1, 2), phi))  # over [N, T * E]
     logprob = policies.log_prob(batch["action"].flatten(1, 2)).view_as(batch["weight"])  # [N, T, E]
-    loss = inner_loss(logprob, batch["advantage"], batch["weight"], args.inner_objective)
-    # T5: tasks share no weight, so the gradient of the sum is each one's own.
-    grads = torch.autograd.grad(loss.sum(), phi, create_graph=create_graph and not args.first_order)
+    fixed = (batch[name] for name in ("logprob", "advantage", "weight"))
+    loss = inner_loss(logprob, *fixed, args.inner_objective).sum()  # no task has a weight in another's policy
+    differentiable = create_graph and not args.first_order  # T5
+    grads = torch.autograd.grad(loss, phi, create_graph=differentiable)
     return [p - step_size * grad for p, grad in zip(phi, grads, strict=True)]
 
 
 def adapted_output(policy, inner, outer, args, create_graph=True):
-    """The adapted policies' output in the outer states, as a function of theta. [Eq 4]
+    """The adapted policies' output in the outer states, as a function of theta. [Alg 3 l.7, l.10]
 
     inner: the batches of the gradient steps; outer: the batch after them. Returns Policy.forward's output.
     """
@@ -311,12 +316,11 @@ def adapted_output(policy, inner, outer, args, create_graph=True):
     return policy(outer["obs"].flatten(1, 2), phi)
 
 
-def surrogate_loss(policy, output, old_output, outer):
-    """-mean over tasks of mean_t (pi / pi_old) A_t: at pi_old its gradient is the policy's. [TRPO Eq 14]"""
-    action = outer["action"].flatten(1, 2)
-    new, old = policy.distribution(output).log_prob(action), policy.distribution(old_output).log_prob(action)
-    ratio = (new - old).exp()  # [N, M]
-    return -(outer["weight"] * outer["advantage"]).flatten(1, 2).mul(ratio).sum(1).mean()
+def surrogate_loss(policy, output, outer):
+    """-mean over tasks of mean_t (pi / pi_played) A_t, with pi_played's policy gradient. [TRPO Eq 14]"""
+    logprob = policy.distribution(output).log_prob(outer["action"].flatten(1, 2)).view_as(outer["logprob"])
+    ratio = (logprob - outer["logprob"]).exp()  # [N, T, E]
+    return -(outer["weight"] * ratio * outer["advantage"]).sum((1, 2)).mean()
 
 
 def mean_kl(policy, output, old_output, outer):
@@ -340,7 +344,7 @@ def fisher_product(policy, output, outer):
     theta = list(policy.theta)
     at_old = [x.detach().clone().requires_grad_() for x in output]
     kl = mean_kl(policy, at_old, [x.detach() for x in output], outer)
-    slope = torch.autograd.grad(kl, at_old, create_graph=True)  # 0, but its derivative is not
+    kl_gradient = torch.autograd.grad(kl, at_old, create_graph=True)  # zero here; its derivative is H
     dummy = [torch.zeros_like(x, requires_grad=True) for x in output]
     pullback = torch.autograd.grad(output, theta, dummy, create_graph=True)  # J^T dummy, linear in dummy
 
@@ -348,24 +352,24 @@ def fisher_product(policy, output, outer):
         parts = vector.split([p.numel() for p in theta])
         parts = [part.view_as(p) for part, p in zip(parts, theta, strict=True)]
         change = torch.autograd.grad(pullback, dummy, parts, retain_graph=True)  # J v
-        change = torch.autograd.grad(slope, at_old, change, retain_graph=True)  # H J v
+        change = torch.autograd.grad(kl_gradient, at_old, change, retain_graph=True)  # H J v
         return flatten(torch.autograd.grad(output, theta, change, retain_graph=True))  # J^T H J v
 
     return product
 
 
 def conjugate_gradient(product, b, steps, tolerance=1e-10):
-    """Solve A x = b for a positive definite A given as x -> A x. b: [n]. Returns x after that many steps."""
+    """Solve A x = b for a positive definite A given as x -> A x. b: [n]. Returns x after at most steps."""
     x, residual = torch.zeros_like(b), b
     direction, square = residual, residual @ residual
     for _ in range(steps):
+        if square < tolerance:
+            break
         image = product(direction)
         step = square / (direction @ image)
         x = x + step * direction  # T9: new tensors each time, since these begin as one and the same
         residual = residual - step * image
         last, square = square, residual @ residual
-        if square < tolerance:
-            break
         direction = residual + square / last * direction
     return x
 
@@ -373,17 +377,17 @@ def conjugate_gradient(product, b, steps, tolerance=1e-10):
 def line_search(policy, inner, outer, old_output, old_loss, step, args):
     """Move theta by step, shortened by .8 until the loss falls and the KL is at most delta, or not at all.
 
-    Returns the loss, the KL and the share of the step that was taken (0: none). [T8]
+    Returns the loss, the KL and the fraction of the step that was taken (0: none). [T8]
     """
-    theta = [p.detach().clone() for p in policy.theta]
-    for shorten in [0.8**k for k in range(15)]:
-        vector_to_parameters(flatten(theta) + shorten * step, policy.theta)
+    theta = flatten(policy.theta).detach()
+    for fraction in [0.8**k for k in range(15)]:  # numbers of the authors' code
+        vector_to_parameters(theta + fraction * step, policy.theta)
         output = adapted_output(policy, inner, outer, args, create_graph=False)
-        loss = surrogate_loss(policy, output, old_output, outer).detach()
+        loss = surrogate_loss(policy, output, outer).detach()
         kl = mean_kl(policy, output, old_output, outer).detach()
         if loss < old_loss and kl <= args.max_kl:  # false for nan, too
-            return loss, kl, shorten
-    vector_to_parameters(flatten(theta), policy.theta)
+            return loss, kl, fraction
+    vector_to_parameters(theta, policy.theta)
     return old_loss, torch.zeros_like(old_loss), 0.0
 
 
@@ -394,7 +398,7 @@ def update(policy, inner, outer, args):
     """
     output = adapted_output(policy, inner, outer, args)
     old_output = [x.detach() for x in output]
-    loss = surrogate_loss(policy, output, old_output, outer)
+    loss = surrogate_loss(policy, output, outer)
     gradient = flatten(torch.autograd.grad(loss, list(policy.theta), retain_graph=True))
     some = outer
     if args.fisher_fraction < 1:  # D5
@@ -404,16 +408,16 @@ def update(policy, inner, outer, args):
         output = adapted_output(policy, inner, some, args)
     fisher = fisher_product(policy, output, some)
     direction = conjugate_gradient(lambda v: fisher(v) + args.cg_damping * v, gradient, args.cg_steps)
-    # The KL along it is about x^T F x / 2, and x^T F x = x^T g for what conjugate gradient returns.
-    step = -direction * (2 * args.max_kl / (direction @ gradient)).sqrt()
-    new_loss, kl, shorten = line_search(policy, inner, outer, old_output, loss.detach(), step, args)
+    # The KL along it is about x^T F x / 2, and x^T F x = x^T g for whatever conjugate gradient returns.
+    step = -direction * (2 * args.max_kl / (direction @ gradient).clamp(min=1e-30)).sqrt()
+    new_loss, kl, fraction = line_search(policy, inner, outer, old_output, loss.detach(), step, args)
     weight = outer["weight"]
-    center = (outer["ret"] * weight).sum((1, 2), keepdim=True)
-    error, spread = ((weight * (outer["ret"] - x) ** 2).sum() for x in (outer["value"], center))
+    mean = (outer["ret"] * weight).sum((1, 2), keepdim=True)
+    error, variance = ((weight * (outer["ret"] - x) ** 2).sum() for x in (outer["value"], mean))
     entropy = policy.distribution(old_output).entropy() * weight.flatten(1, 2)
-    metrics = {"losses/policy": new_loss, "debug/kl": kl, "debug/step": shorten}
+    metrics = {"losses/policy": new_loss, "debug/kl": kl, "debug/step": fraction}
     metrics |= {"debug/grad_norm": gradient.norm(), "debug/entropy": entropy.sum(1).mean()}
-    metrics["debug/explained_variance"] = 1 - error / spread
+    metrics["debug/explained_variance"] = 1 - error / variance.clamp(min=1e-8)
     for when, batch in (("before", [*inner, outer][0]), ("after", outer)):
         metrics[f"charts/return_{when}"] = returns_of(batch).mean()
     return {name: float(x) for name, x in metrics.items()}
@@ -437,7 +441,8 @@ def adapt(policy, act_fn, env, tasks, step_sizes, args, seed=None):
             phi = inner_step(policy, phi, batches[-1], step_size, args)
             phi = [p.detach().requires_grad_() for p in phi]
             if not torch.isfinite(flatten(phi)).all():
-                fail(f"--inner-lr {args.inner_lr}: weights are not finite after gradient step {stage + 1}")
+                bad = f"weights are not finite after gradient step {stage + 1}"
+                fail(f"{bad}: --inner-lr {args.inner_lr} is too large, or a reward is not finite")
     return batches
 
 
@@ -447,7 +452,10 @@ EVAL_SEED = 20_161_109  # of starts, noise and actions in every evaluation of ev
 
 
 def evaluate(policy, env, num_tasks, act_fn, args):
-    """The same frozen held-out tasks after 0, 1, 2, 3 (or args.inner_steps) gradient steps. [T7]"""
+    """The same frozen held-out tasks after 0, 1, ..., max(3, inner_steps) gradient steps. [T7]
+
+    The first step is of size inner_lr, the others are eval_lr_factor of it. [D6]
+    """
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
         tasks = env.sample_tasks(num_tasks, split="test")
@@ -462,7 +470,7 @@ def evaluate(policy, env, num_tasks, act_fn, args):
 def summarize(returns, lengths, success=None):
     """Held-out results as metrics. All [N, stages]; stage 0 begins with no knowledge of the task.
 
-    A stage is what lies between two looks at an adapting agent. lengths: in environment steps.
+    A stage is an episode of RL^2's trial, or what MAML plays between two gradient steps. lengths: in steps.
     """
     num_tasks, num_stages = returns.shape
     to_error = max(num_tasks - 1, 1) ** -0.5  # from the deviation in this sample to a standard error
@@ -745,7 +753,7 @@ def main(argv=None):
             if iteration % args.eval_every == 0 or global_step >= total:
                 report = evaluate(policy, eval_env, num_tasks, act_fn, args)
                 metrics |= {**report, "time/evaluate": clock(device) - learned}
-                before, after = (report[f"eval/return_ep{steps}"] for steps in (0, 1))
+                before, after = (report[f"eval/return_ep{stage}"] for stage in (0, 1))
                 bar.set_postfix(held_out=f"{before:.2f} -> {after:.2f}")
             log(run, global_step, metrics)
             if iteration % args.save_every == 0 or global_step >= total:

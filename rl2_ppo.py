@@ -377,7 +377,7 @@ def evaluate(agent, env, num_episodes):
 def summarize(returns, lengths, success=None):
     """Held-out results as metrics. All [N, stages]; stage 0 begins with no knowledge of the task.
 
-    A stage is what lies between two looks at an adapting agent. lengths: in environment steps.
+    A stage is an episode of RL^2's trial, or what MAML plays between two gradient steps. lengths: in steps.
     """
     num_tasks, num_stages = returns.shape
     to_error = max(num_tasks - 1, 1) ** -0.5  # from the deviation in this sample to a standard error

@@ -271,8 +271,11 @@ class Hopper(Locomotion):
 class TwoDirections:
     num_test_tasks = 40  # +1 and -1 in turn, so that any even number of them is balanced
 
-    def _to_task(self, u):
-        return (2 * u).floor() * 2 - 1
+    def _draw_tasks(self, n, generator):
+        """As many of one as of the other: else most of a meta-gradient is which direction came up more."""
+        draw = {"generator": generator, "device": generator.device}
+        side = (torch.randperm(n, **draw) + torch.randint(2, (1,), **draw)) % 2
+        return (2.0 * side - 1)[:, None]
 
     def _draw_test_tasks(self, generator):
         return torch.tensor([[1.0], [-1.0]]).repeat(self.num_test_tasks // 2, 1)

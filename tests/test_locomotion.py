@@ -191,6 +191,13 @@ def test_an_action_beyond_the_bounds_moves_as_the_bound_and_is_charged_as_given(
 # ---- the tasks
 
 
+@pytest.mark.parametrize("n", [1, 7, 10])
+def test_every_draw_of_directions_is_balanced_and_in_random_order(n):
+    env = common.make("HalfCheetahDir-v0", 1, seed=0)
+    draws = torch.stack([env.sample_tasks(n)[:, 0] for _ in range(400)])
+    assert (draws.sum(1).abs() == n % 2).all() and draws.mean(0).abs().max() < 0.2
+
+
 def test_the_two_directions_are_trained_and_tested_in_equal_numbers():
     for env_id in ("HalfCheetahDir-v0", "AntDir-v0"):
         env = common.make(env_id, 1, seed=0)
