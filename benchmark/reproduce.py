@@ -37,8 +37,8 @@ MAZE = (
 )
 
 CHEETAH = (
-    "--env-id HalfCheetah{}-v0 --num-tasks {} --inner-lr 1 --max-kl 0.03 --gae-lambda 0.95 --fisher-fraction 0.25"
-    " --total-timesteps 64000000 --eval-tasks 40 --eval-episodes 20 --eval-every 25"
+    "--env-id HalfCheetah{}-v0 --num-tasks {} --inner-lr 1 --max-kl 0.03 --gae-lambda 0.95"
+    " --fisher-fraction 0.25 --total-timesteps 64000000 --eval-tasks 40 --eval-episodes 20 --eval-every 25"
 )
 CHEETAH_DIR, CHEETAH_VEL = CHEETAH.format("Dir", 10), CHEETAH.format("Vel", 20)
 
