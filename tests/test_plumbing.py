@@ -256,14 +256,15 @@ def test_2n_iterations_equal_n_and_a_cut_and_the_rest(job, tmp_path, uninterrupt
     assert_same_run(run, uninterrupted)
 
 
-@pytest.mark.parametrize("env_id", ["Maze-v0", "PointRobot-v0"])
+@pytest.mark.parametrize("env_id", ["Maze-v0", "PointRobot-v0", "HalfCheetahDir-v0"])
 def test_resuming_is_exact_where_episodes_end_early_and_where_actions_are_continuous(
     job, tmp_path, monkeypatch, env_id
 ):
-    flags = ["--env-id", env_id, "--save-every", "1"]
-    iterations = {"Maze-v0": 14400, "PointRobot-v0": 3840}[
-        env_id
-    ] // job.steps  # of Bandit5; these are longer
+    if env_id == "HalfCheetahDir-v0":
+        pytest.importorskip("mujoco")
+    flags = ["--env-id", env_id, "--save-every", "1", "--eval-every", "3", "--eval-tasks", "4"]
+    steps = {"Maze-v0": 14400, "PointRobot-v0": 3840, "HalfCheetahDir-v0": 19200 + 1}[env_id]
+    iterations = steps // job.steps  # of Bandit5; these are longer
     reference = train(job, tmp_path / "reference", iterations, *flags)
 
     def stop_there(run, *args, shipped=job.module.log):
