@@ -40,6 +40,7 @@ CHEETAH = (
     "--env-id HalfCheetah{}-v0 --num-tasks {} --inner-lr 1 --max-kl 0.03 --gae-lambda 0.95"
     " --fisher-fraction 0.25 --total-timesteps 64000000 --eval-tasks 40 --eval-episodes 20 --eval-every 25"
 )
+TOLD = "--inner-steps 0 --oracle --total-timesteps 1000000"  # then episodes are five steps long
 CHEETAH_DIR, CHEETAH_VEL = CHEETAH.format("Dir", 10), CHEETAH.format("Vel", 20)
 
 # name: (script, flags, seeds, minutes a run on one core, reference)
@@ -58,7 +59,13 @@ ENTRIES = {
         "what fewer states cost",
     ),
     "maml_pointgoal_pretrained": ("maml_trpo.py", "--inner-steps 0", (1, 2, 3), 3, "below MAML"),
-    "maml_pointgoal_told": ("maml_trpo.py", "--inner-steps 0 --oracle", (1, 2, 3), 3, "paper -2.29"),
+    "maml_pointgoal_told": (
+        "maml_trpo.py",
+        "--inner-steps 0 --oracle --total-timesteps 1000000",
+        (1, 2, 3),
+        2,
+        "paper -2.29",
+    ),
     "maml_cheetah_dir": ("maml_trpo.py", CHEETAH_DIR, (1,), 80, "paper's simulator -50.7, 293, 313.5, 315.7"),
     "maml_cheetah_vel": (
         "maml_trpo.py",
