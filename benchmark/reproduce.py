@@ -40,6 +40,7 @@ CHEETAH = (
     "--env-id HalfCheetah{}-v0 --num-tasks {} --inner-lr 1 --max-kl 0.03 --gae-lambda 0.95"
     " --fisher-fraction 0.25 --total-timesteps 64000000 --eval-tasks 40 --eval-episodes 20 --eval-every 25"
 )
+SMALL_STEPS = "--inner-steps 0 --inner-lr 0.03 --eval-lr-factor 1"  # .03: of .01 to .2, chosen on these tasks
 TOLD = "--inner-steps 0 --oracle --total-timesteps 1000000"  # then episodes are five steps long
 CHEETAH_DIR, CHEETAH_VEL = CHEETAH.format("Dir", 10), CHEETAH.format("Vel", 20)
 
@@ -59,6 +60,7 @@ ENTRIES = {
         "what fewer states cost",
     ),
     "maml_pointgoal_pretrained": ("maml_trpo.py", "--inner-steps 0", (1, 2, 3), 3, "below MAML"),
+    "maml_pointgoal_pretrained_small_steps": ("maml_trpo.py", SMALL_STEPS, (1, 2, 3), 3, "below MAML"),
     "maml_pointgoal_told": (
         "maml_trpo.py",
         "--inner-steps 0 --oracle --total-timesteps 1000000",
