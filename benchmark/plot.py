@@ -3,10 +3,10 @@
     python -m benchmark.plot RUN_DIR...  [--out curves.png]
 
 Runs that differ in nothing but their seed are one curve. Left: held-out return against environment steps:
-of the trial, or where an agent adapts by gradient steps, after as many as it was trained with (at least 1).
-Right: held-out return by episode or gradient step on a new task, at the end. Bands are 95 % intervals: over
-seeds (Student's t) where there are several, which share their held-out tasks, so that luck is not in it;
-over held-out tasks where there is one seed. The legend says which.
+of the trial, or where an agent adapts by gradient steps, after as many as it was trained for.
+Right: held-out return by episode or gradient step on a new task, at the end; a dotted level for a policy that
+is told its task. Bands are 95 % intervals: over seeds (Student's t) where there are several, which share their
+held-out tasks, so that luck is not in it; over held-out tasks where there is one seed. The legend says which.
 """
 
 import argparse
@@ -94,8 +94,8 @@ def headline(args, row):
     """What a run is judged by: key of the return, of its standard error, and in words."""
     if "eval/return_trial" in row:
         return "eval/return_trial", "eval/return_trial_se", "sum over the trial"
-    steps = max(1, args["inner_steps"])
-    return f"eval/return_ep{steps}", f"eval/return_se_ep{steps}", f"gradient steps: {steps}"
+    steps = args["inner_steps"]
+    return f"eval/return_ep{steps}", f"eval/return_se_ep{steps}", "after the gradient steps trained for"
 
 
 def draw(folders, out):
@@ -124,6 +124,9 @@ def draw(folders, out):
         low, high = zip(*[(c - b, c + b) for c, b in zip(curve, band, strict=True)], strict=True)
         left.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
         numbers = sorted(int(key[14:]) for key in seeds[0][-1] if key.startswith("eval/return_ep"))
+        if args.get("oracle"):  # told its task, it has nothing to adapt to: a level to compare with
+            right.axhline(curve[-1], color=line.get_color(), linestyle=":")
+            continue
         curve, band = mean_and_error(
             [[rows[-1][f"eval/return_ep{number}"] for number in numbers] for rows in seeds],
             [[rows[-1][f"eval/return_se_ep{number}"] for number in numbers] for rows in seeds],

@@ -48,7 +48,7 @@ def draw(run_dir, num_tasks, out):
                 axes.plot(path[:, 0], path[:, 1], linewidth=0.8, alpha=0.7)
             axes.plot(*tasks[task, :2], "kx", markersize=9)
             axes.set_title(f"{stage} gradient steps: {returns[task]:.1f}", fontsize=9)
-            axes.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
+            axes.set(xlim=(-0.75, 0.75), ylim=(-0.75, 0.75), aspect="equal")
     figure.tight_layout()
     figure.savefig(out, dpi=90)
     print(f"wrote {out}")

@@ -200,10 +200,10 @@ def test_trajectories_are_of_the_held_out_tasks_that_the_run_was_evaluated_on(tm
     assert (tmp_path / "paths.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_gradient_learner_is_judged_after_as_many_steps_as_it_was_trained_with(tmp_path):
+def test_a_gradient_learner_is_judged_after_as_many_steps_as_it_was_trained_for(tmp_path):
     run = tiny_maml(tmp_path)
     ((_, args, (rows,)),) = plot.group_runs([run])
-    for inner_steps, key in ((0, "eval/return_ep1"), (1, "eval/return_ep1"), (2, "eval/return_ep2")):
+    for inner_steps, key in ((0, "eval/return_ep0"), (1, "eval/return_ep1"), (2, "eval/return_ep2")):
         found, error, _ = plot.headline({**args, "inner_steps": inner_steps}, rows[-1])
         assert found == key and error in rows[-1]
     pytest.importorskip("matplotlib")
