@@ -5,8 +5,8 @@
 Runs that differ in nothing but their seed are one curve. Left: held-out return against environment steps:
 of the trial, or where an agent adapts by gradient steps, after as many as it was trained for.
 Right: held-out return by episode or gradient step on a new task, at the end; a dotted level for a policy that
-is told its task. Bands are 95 % intervals: over seeds (Student's t) where there are several, which share their
-held-out tasks, so that luck is not in it; over held-out tasks where there is one seed. The legend says which.
+is told its task. Bands are 95 % intervals: over seeds (Student's t) where there are several, which share
+their held-out tasks, whose luck is not in it; over held-out tasks where there is one seed, says the legend.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def draw(folders, out):
     groups = group_runs(folders)
     if not groups:
         sys.exit("error: nothing to draw, no run has been evaluated yet")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     flags = differing_flags([args for _, args, _ in groups])
     for (script, args, seeds), differs in zip(groups, flags, strict=True):
         env_id, episodes = args["env_id"], args.get("episodes_per_trial")
@@ -136,10 +136,11 @@ def draw(folders, out):
         env = common.make(env_id, num_envs=1, seed=0)
         draw_references(left, env.trial_references.get(episodes, {}), at=steps[-1], align="right")
         draw_references(right, env.references, at=numbers[0], align="left")
-    left.set(xlabel="environment steps (all of them)", ylabel=f"held-out return, {words}")
+    left.set(xlabel="environment steps (all of them)", ylabel=f"held-out return,\n{words}")
     stage = "episode" if words == "sum over the trial" else "gradient steps"
     right.set(xlabel=f"{stage} on a new task", ylabel="held-out return of an episode")
-    left.legend(fontsize=7, loc="center right")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside lower center")
     figure.savefig(out, dpi=130)
     print(f"wrote {out}")
 
