@@ -44,12 +44,18 @@ SMALL_STEPS = "--inner-steps 0 --inner-lr 0.03 --eval-lr-factor 1"  # .03: of .0
 TOLD = "--inner-steps 0 --oracle --total-timesteps 1000000"  # then episodes are five steps long
 CHEETAH_DIR, CHEETAH_VEL = CHEETAH.format("Dir", 10), CHEETAH.format("Vel", 20)
 
+TABULAR = (
+    "--env-id TabularMDP-v0 --num-envs 256 --hidden-size 256 --epochs 2 --lr 0.005 --gamma 0.99"
+    " --gae-lambda 0.3 --entropy-coef 0.05 --total-timesteps 130000000 --eval-every 100 --save-every 100"
+)
+
 # name: (script, flags, seeds, minutes a run on one core, reference)
 ENTRIES = {
     "rl2_bandit5_n10": ("rl2_ppo.py", "", (1, 2, 3), 3, "Bayes-optimal 6.660, paper 6.7"),
     "rl2_bandit10_n10": ("rl2_ppo.py", BANDIT10, (1, 2, 3), 6, "Bayes-optimal 6.714, paper 6.7"),
     "rl2_bandit5_n100": ("rl2_ppo.py", N100, (1,), 40, "Gittins 78.3, paper 78.7"),
     "rl2_bandit10_n100": ("rl2_ppo.py", f"--env-id Bandit10-v0 {N100}", (1,), 40, "Gittins 82.8, paper 83.5"),
+    "rl2_tabular_n10": ("rl2_ppo.py", TABULAR, (1,), 180, "paper 156.2, BEB 152.3"),
     "rl2_gridnavi": ("rl2_ppo.py", GRIDNAVI, (1, 2, 3), 5, "path to the known goal 11.07 an episode"),
     "maml_pointgoal": ("maml_trpo.py", "", (1, 2, 3), 5, "paper -40.4, -11.7, -3.33, -3.23"),
     "maml_pointgoal_quarter": (
