@@ -119,6 +119,7 @@ class Args:
     cg_steps: int = 10  # conjugate gradient iterations, one Fisher product each
     cg_damping: float = 1e-5  # added to the diagonal of F
     fisher_fraction: float = 1.0  # share of the outer episodes in the Fisher products [D5]
+    tasks_at_once: int = 2  # tasks whose derivatives are taken together; 0: all, for a GPU
     eval_episodes: int = 40  # episodes of a gradient step at evaluation (the paper's number)
     eval_lr_factor: float = 0.25  # at evaluation, steps from the second on are this much of inner_lr [D6]
     eval_tasks: int = 100  # held-out tasks to evaluate on; 0: all there are, at most 10,000
@@ -378,17 +379,32 @@ def conjugate_gradient(product, b, steps, tolerance=1e-10):
     return x
 
 
-def line_search(policy, inner, outer, old_output, old_loss, step, args):
+def split_tasks(batches, size):
+    """Batches of N tasks -> [(the same batches of `size` tasks, their share of N), ...]; size 0: all in one.
+
+    Derivatives of a mean over tasks are means over such parts. On a CPU small parts are faster: what they
+    compute with stays in the cache, and the system need not hand out large pieces of memory again and again.
+    """
+    num_tasks = len(batches[-1]["weight"])
+    groups = [slice(start, start + (size or num_tasks)) for start in range(0, num_tasks, size or num_tasks)]
+    parts = [[{name: x[group] for name, x in batch.items()} for batch in batches] for group in groups]
+    return [(part, len(part[-1]["weight"]) / num_tasks) for part in parts]
+
+
+def line_search(policy, parts, old_outputs, old_loss, step, args):
     """Move theta by step, shortened by .8 until the loss falls and the KL is at most delta, or not at all.
 
+    parts: as split_tasks makes them of K inner batches and the outer one; old_outputs: one for each part.
     Returns the loss, the KL and the fraction of the step that was taken (0: none). [T8]
     """
     theta = flatten(policy.theta).detach()
     for fraction in [0.8**k for k in range(15)]:  # numbers of the authors' code
         vector_to_parameters(theta + fraction * step, policy.theta)
-        output = adapted_output(policy, inner, outer, args, create_graph=False)
-        loss = surrogate_loss(policy, output, outer).detach()
-        kl = mean_kl(policy, output, old_output, outer).detach()
+        loss = kl = 0.0
+        for ((*inner, outer), share), old_output in zip(parts, old_outputs, strict=True):
+            output = adapted_output(policy, inner, outer, args, create_graph=False)
+            loss = loss + share * surrogate_loss(policy, output, outer).detach()
+            kl = kl + share * mean_kl(policy, output, old_output, outer).detach()
         if loss < old_loss and kl <= args.max_kl:  # false for nan, too
             return loss, kl, fraction
     vector_to_parameters(theta, policy.theta)
@@ -396,35 +412,43 @@ def line_search(policy, inner, outer, old_output, old_loss, step, args):
 
 
 def update(policy, inner, outer, args):
-    """One step of TRPO on theta, in place. inner: K batches; outer: the one after them. [Alg 3 l.10]
-
-    Returns metrics.
-    """
-    output = adapted_output(policy, inner, outer, args)
-    old_output = [x.detach() for x in output]
-    loss = surrogate_loss(policy, output, outer)
+    """A step of TRPO on theta, in place. inner: K batches; outer: the last. Returns metrics. [Alg 3 l.10]"""
+    parts = split_tasks([*inner, outer], args.tasks_at_once)
+    outputs = [adapted_output(policy, part[:-1], part[-1], args) for part, _ in parts]
+    old_outputs = [[x.detach() for x in output] for output in outputs]
+    both = list(zip(outputs, parts, strict=True))
+    loss = sum(share * surrogate_loss(policy, output, part[-1]) for output, (part, share) in both)
     gradient = flatten(torch.autograd.grad(loss, list(policy.theta), retain_graph=True))
-    some = outer
-    if args.fisher_fraction < 1:  # D5
-        count = math.ceil(args.fisher_fraction * outer["weight"].shape[2])
-        some = {name: x[:, :, :count] for name, x in outer.items()}
-        some["weight"] = some["weight"] / some["weight"].sum((1, 2), keepdim=True)
-        output = adapted_output(policy, inner, some, args)
-    fisher = fisher_product(policy, output, some)
-    direction = conjugate_gradient(lambda v: fisher(v) + args.cg_damping * v, gradient, args.cg_steps)
+    products = []
+    for output, ((*some_inner, some), share) in both:
+        if args.fisher_fraction < 1:  # D5
+            count = math.ceil(args.fisher_fraction * some["weight"].shape[2])
+            some = {name: x[:, :, :count] for name, x in some.items()}
+            some["weight"] = some["weight"] / some["weight"].sum((1, 2), keepdim=True)
+            output = adapted_output(policy, some_inner, some, args)
+        products.append((fisher_product(policy, output, some), share))
+
+    def damped_fisher(vector):
+        return sum(share * product(vector) for product, share in products) + args.cg_damping * vector
+
+    direction = conjugate_gradient(damped_fisher, gradient, args.cg_steps)
     # The KL along it is about x^T F x / 2, and x^T F x = x^T g for whatever conjugate gradient returns.
     step = -direction * (2 * args.max_kl / (direction @ gradient).clamp(min=1e-30)).sqrt()
-    new_loss, kl, fraction = line_search(policy, inner, outer, old_output, loss.detach(), step, args)
-    weight = outer["weight"]
-    mean = (outer["ret"] * weight).sum((1, 2), keepdim=True)
-    error, variance = ((weight * (outer["ret"] - x) ** 2).sum() for x in (outer["value"], mean))
-    entropy = policy.distribution(old_output).entropy() * weight.flatten(1, 2)
+    new_loss, kl, fraction = line_search(policy, parts, old_outputs, loss.detach(), step, args)
     metrics = {"losses/policy": new_loss, "debug/kl": kl, "debug/step": fraction}
-    metrics |= {"debug/grad_norm": gradient.norm(), "debug/entropy": entropy.sum(1).mean()}
-    metrics["debug/explained_variance"] = 1 - error / variance.clamp(min=1e-8)
+    metrics |= {"debug/grad_norm": gradient.norm(), "debug/explained_variance": explained_variance(outer)}
+    entropies = [policy.distribution(output).entropy() for output in old_outputs]  # [n, T * E] each
+    metrics["debug/entropy"] = (torch.cat(entropies) * outer["weight"].flatten(1, 2)).sum(1).mean()
     for when, batch in (("before", [*inner, outer][0]), ("after", outer)):
         metrics[f"charts/return_{when}"] = returns_of(batch).mean()
     return {name: float(x) for name, x in metrics.items()}
+
+
+def explained_variance(batch):
+    """How much of the variance of returns the baseline explains, which was fitted to them."""
+    mean = (batch["ret"] * batch["weight"]).sum((1, 2), keepdim=True)
+    error, variance = ((batch["weight"] * (batch["ret"] - x) ** 2).sum() for x in (batch["value"], mean))
+    return 1 - error / variance.clamp(min=1e-8)
 
 
 # ================================ 5. Adapt ===============================
@@ -695,7 +719,7 @@ def check_maml(args):
     positive = ("num_tasks", "episodes_per_task", "hidden_size", "cg_steps", "eval_episodes")
     for name in (*positive, "inner_lr", "init_std", "max_kl", "eval_lr_factor"):
         require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
-    for name in ("inner_steps", "cg_damping", "eval_tasks"):
+    for name in ("inner_steps", "cg_damping", "tasks_at_once", "eval_tasks"):
         require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
     for name in ("gamma", "gae_lambda"):
         require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "a number from 0 to 1")

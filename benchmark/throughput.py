@@ -231,10 +231,10 @@ def main():
     if "physics" in what:
         physics(options.device)
     if "maml" in what:
-        for fraction in (1.0, 0.25):
-            print(f"\nFisher products over {fraction:.0%} of the episodes")
-            maml(options.device, "PointGoal-v0", fisher_fraction=fraction)
-            maml(options.device, "HalfCheetahDir-v0", num_tasks=40, fisher_fraction=fraction)
+        for at_once in (2, 0):
+            print(f"\n{at_once or 'all'} tasks at once")
+            maml(options.device, "PointGoal-v0", tasks_at_once=at_once)
+            maml(options.device, "HalfCheetahDir-v0", num_tasks=40, tasks_at_once=at_once)
     if "rl2" in what:
         sps = rl2(options.device, "GridNavi-v0", **GRIDNAVI)
         print(f"  {sps / VARIBAD_GRIDNAVI_SPS:.0f} times varibad's {VARIBAD_GRIDNAVI_SPS} env steps/s")

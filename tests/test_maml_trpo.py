@@ -551,7 +551,7 @@ def test_conjugate_gradient_goes_red_when_it_works_in_place():  # T9
 
 
 def check_line_search(module):
-    """Steps that are short and much too long, and one in the wrong direction."""
+    """Steps that are short and much too long, and one in the wrong direction; tasks in parts of 2 and 1."""
     taken = 0
     for seed, length in itertools.product(range(4), (-1.0, 0.001, 0.01, 0.1, 1.0)):
         policy, args = make_policy(module, seed=seed), small_args(module, max_kl=0.02)
@@ -560,7 +560,10 @@ def check_line_search(module):
         before = module.flatten(policy.theta).detach().clone()
         loss = module.surrogate_loss(policy, old, outer)
         step = -length * meta_gradient(module, policy, inner, outer, args)
-        new_loss, kl, share = module.line_search(policy, inner, outer, old, loss, step, args)
+        parts = module.split_tasks([*inner, outer], 2)
+        new_loss, kl, share = module.line_search(
+            policy, parts, [[x[:2] for x in old], [x[2:] for x in old]], loss, step, args
+        )
         after = module.flatten(policy.theta).detach()
         close(after, before + share * step)
         output = module.adapted_output(policy, inner, outer, args)
@@ -605,6 +608,19 @@ def test_rewards_that_say_nothing_stop_no_run(reward):
     assert all(math.isfinite(value) for value in maml.update(policy, [inner], outer, args).values())
 
 
+@both_kinds
+def test_an_update_is_the_same_in_whatever_parts_tasks_are_taken(space):
+    results = []
+    for size in (0, 1, 2, 3, 7):
+        policy, args = make_policy(maml, space), small_args(maml, tasks_at_once=size, fisher_fraction=0.5)
+        *inner, outer = make_batches(maml, 2, policy, args, space)
+        metrics = maml.update(policy, inner, outer, args)
+        results.append((maml.flatten(policy.theta).detach(), metrics))
+    for theta, metrics in results[1:]:
+        close(theta, results[0][0], 1e-6)
+        assert metrics == pytest.approx(results[0][1], abs=1e-6)
+
+
 def test_nothing_to_learn_moves_nothing():
     policy = make_policy(maml)
     inner, outer = make_batches(maml, 2, policy, small_args(maml))
@@ -615,7 +631,7 @@ def test_nothing_to_learn_moves_nothing():
 
 
 def test_a_fraction_of_the_episodes_gives_the_fisher_products_of_these_episodes():
-    policy, args = make_policy(maml), small_args(maml, fisher_fraction=0.5, max_kl=1e-12)
+    policy, args = make_policy(maml), small_args(maml, fisher_fraction=0.5, max_kl=1e-12, tasks_at_once=0)
     inner, outer = make_batches(maml, 2, policy, args)
     half = {name: x[:, :, : E // 2] for name, x in outer.items()}
     half["weight"] = half["valid"] / half["valid"].sum((1, 2), keepdim=True)

@@ -560,6 +560,7 @@ WRONG = {  # script -> flag -> values
     | dict.fromkeys(("num-tasks", "episodes-per-task", "cg-steps", "eval-episodes"), ("0", "-3"))
     | {
         "inner-steps": ("-1", "1.5"),
+        "tasks-at-once": ("-1",),
         "cg-damping": NOT_BELOW,
         "fisher-fraction": ("0", "1.1", "nan"),
         "inner-objective": ("reinforce",),
