@@ -51,7 +51,7 @@ TRAPS (each has a test that goes red when the trap is put in)
     T9  Conjugate gradient updated in place, residual and direction being one tensor at the start.
 
 RUN
-    python maml_trpo.py                                                 # 2D navigation: two minutes, two cores
+    python maml_trpo.py                                                 # 2D navigation: some two minutes
     python maml_trpo.py --inner-steps 0                                 # its "pretrained" baseline
     python maml_trpo.py --inner-steps 0 --oracle                        # its "told" reference line
     python maml_trpo.py --env-id HalfCheetahDir-v0 --num-tasks 10 --inner-lr 1 --max-kl 0.03 \
