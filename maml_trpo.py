@@ -412,7 +412,10 @@ def line_search(policy, parts, old_outputs, old_loss, step, args):
 
 
 def update(policy, inner, outer, args):
-    """A step of TRPO on theta, in place. inner: K batches; outer: the last. Returns metrics. [Alg 3 l.10]"""
+    """A step of TRPO on theta, in place. [Alg 3 l.10]
+
+    inner: the batches of the K gradient steps; outer: the batch played after them. Returns metrics.
+    """
     parts = split_tasks([*inner, outer], args.tasks_at_once)
     outputs = [adapted_output(policy, part[:-1], part[-1], args) for part, _ in parts]
     old_outputs = [[x.detach() for x in output] for output in outputs]
@@ -479,16 +482,17 @@ def adapt(policy, act_fn, env, tasks, step_sizes, args, seed=None):
 EVAL_SEED = 20_161_109  # of starts, noise and actions in every evaluation of every run
 
 
-def evaluate(policy, env, num_tasks, act_fn, args):
-    """The same frozen held-out tasks after 0, 1, ..., max(3, inner_steps) gradient steps. [T7]
+def eval_step_sizes(args):
+    """max(3, inner_steps) of them: the first is inner_lr, the others are eval_lr_factor of it. [D6]"""
+    return [args.inner_lr] + [args.inner_lr * args.eval_lr_factor] * (max(3, args.inner_steps) - 1)
 
-    The first step is of size inner_lr, the others are eval_lr_factor of it. [D6]
-    """
+
+def evaluate(policy, env, num_tasks, act_fn, args):
+    """The same frozen held-out tasks before and after every gradient step of eval_step_sizes. [T7]"""
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
         tasks = env.sample_tasks(num_tasks, split="test")
-        later = [args.inner_lr * args.eval_lr_factor] * (max(3, args.inner_steps) - 1)
-        batches = adapt(policy, act_fn, env, tasks, [args.inner_lr, *later], args, seed=EVAL_SEED)
+        batches = adapt(policy, act_fn, env, tasks, eval_step_sizes(args), args, seed=EVAL_SEED)
     returns = torch.stack([returns_of(batch).mean(1) for batch in batches], 1)  # [N, steps + 1]
     lengths = torch.stack([batch["valid"].sum((1, 2)) for batch in batches], 1)  # of all E episodes together
     success = torch.stack([(batch["success"] * batch["valid"]).amax(1).mean(1) for batch in batches], 1)

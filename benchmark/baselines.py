@@ -774,6 +774,11 @@ def points(num_tasks=1000, starts=10):
 # ============================= 6. Locomotion =============================
 
 
+def is_physics(env_id):
+    """Is it one of MuJoCo's bodies?"""
+    return str(gym.spec(env_id).vector_entry_point).startswith("common.locomotion")
+
+
 def play_locomotion(env, tasks, player):
     """Returns of one episode [B]. player: random, uniform in the action box, or still, all zeros."""
     env.set_tasks(tasks)
@@ -792,7 +797,7 @@ def play_locomotion(env, tasks, player):
 def locomotion(num_tasks=40, starts=20):
     constants = {}
     for env_id in common.ids():
-        if not str(gym.spec(env_id).vector_entry_point).startswith("common.locomotion"):
+        if not is_physics(env_id):
             continue
         env = common.make(env_id, num_envs=num_tasks * starts, seed=SEED)
         tasks = env.sample_tasks(num_tasks, split="test").repeat_interleave(starts, 0)

@@ -12,12 +12,12 @@ import platform
 import statistics
 import time
 
-import gymnasium as gym
 import torch
 
 import common
 import maml_trpo
 import rl2_ppo
+from benchmark.baselines import is_physics
 
 VARIBAD_GRIDNAVI_SPS = 763  # env steps/s of varibad's RL^2 on GridNavi, end to end, two cores without a GPU
 MAML_RL_SECONDS = {"PointGoal-v0": 4.46, "HalfCheetahDir-v0": 32.5}  # a meta-iteration of pytorch-maml-rl
@@ -93,11 +93,6 @@ def env_steps(device, counts=(64, 1024, 16384)):
             raw = microseconds(bare[env_id], device)
             ratio = f"   {cells[counts.index(1024)] / raw:.1f} times {raw:.0f}"
         print(f"{env_id:>22}" + "".join(f"{cell:10.0f}" for cell in cells) + ratio)
-
-
-def is_physics(env_id):
-    """Is it one of MuJoCo's bodies?"""
-    return str(gym.spec(env_id).vector_entry_point).startswith("common.locomotion")
 
 
 def physics(device, repeats=7):

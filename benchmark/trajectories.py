@@ -13,8 +13,8 @@ import common
 import maml_trpo
 
 
-def play(run_dir, num_tasks, num_steps=3):
-    """Batches of maml_trpo.adapt after 0..num_steps gradient steps on the first held-out tasks, and these."""
+def play(run_dir, num_tasks):
+    """Batches of maml_trpo.adapt around each gradient step on the first held-out tasks, and these tasks."""
     checkpoint = maml_trpo.load_checkpoint(run_dir)
     args = maml_trpo.Args(**checkpoint["args"])
     env = common.make(args.env_id, num_tasks * args.eval_episodes, seed=0)
@@ -23,8 +23,8 @@ def play(run_dir, num_tasks, num_steps=3):
     maml_trpo.restore(checkpoint, {"policy": policy})
     torch.manual_seed(maml_trpo.EVAL_SEED)
     tasks = env.sample_tasks(num_tasks, split="test")
-    sizes = [args.inner_lr, *[args.inner_lr * args.eval_lr_factor] * (num_steps - 1)]
-    return maml_trpo.adapt(policy, maml_trpo.act, env, tasks, sizes, args, seed=maml_trpo.EVAL_SEED), tasks
+    sizes, seed = maml_trpo.eval_step_sizes(args), maml_trpo.EVAL_SEED
+    return maml_trpo.adapt(policy, maml_trpo.act, env, tasks, sizes, args, seed=seed), tasks
 
 
 def draw(run_dir, num_tasks, out):
