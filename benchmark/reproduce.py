@@ -49,6 +49,12 @@ TABULAR = (
     " --gae-lambda 0.3 --entropy-coef 0.05 --total-timesteps 130000000 --eval-every 100 --save-every 100"
 )
 
+PEARL_CHEETAH = (
+    "--env-id HalfCheetah{}-v0 --train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5 --context-stride 10"
+    " --kl-coef 0.01 --updates-per-step 0.05 --replay-episodes 300 --gamma 0.99 --tau 0.005 --total-timesteps 6000000"
+    " --eval-tasks 100 --save-every 5"
+)
+
 # name: (script, flags, seeds, minutes a run on one core, reference)
 ENTRIES = {
     "rl2_bandit5_n10": ("rl2_ppo.py", "", (1, 2, 3), 3, "Bayes-optimal 6.660, paper 6.7"),
@@ -98,6 +104,14 @@ ENTRIES = {
     ),
     "maml_cheetah_dir_pretrained": ("maml_trpo.py", f"{CHEETAH_DIR} --inner-steps 0", (1,), 60, "below MAML"),
     "maml_cheetah_vel_pretrained": ("maml_trpo.py", f"{CHEETAH_VEL} --inner-steps 0", (1,), 60, "below MAML"),
+    "pearl_pointrobot": ("pearl_sac.py", "", (1, 2, 3), 3, "middle -15.71, optimal -5.13, told by episode 3"),
+    "pearl_cheetah_vel": (
+        "pearl_sac.py",
+        PEARL_CHEETAH.format("Vel"),
+        (1,),
+        120,
+        "VariBAD's released runs -25, PEARL about -40 to -50",
+    ),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }
 
