@@ -811,8 +811,8 @@ def main(argv=None):
 
             iteration, global_step = iteration + 1, global_step + steps
             metrics |= {"charts/iteration": iteration, "charts/SPS": steps / (learned - start)}
-            metrics |= {"charts/gradient_steps_per_second": count / (learned - collected)}
             metrics |= {"time/rollout": collected - start, "time/update": learned - collected}
+            metrics |= {"time/gradient_step": (learned - collected) / count}
             check_finite(run, global_step, metrics)
             if iteration % args.eval_every == 0 or global_step >= total:
                 report = evaluate(agent, eval_env, num_tasks, act_fn, args)

@@ -50,9 +50,9 @@ TABULAR = (
 )
 
 PEARL_CHEETAH = (
-    "--env-id HalfCheetah{}-v0 --train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5 --context-stride 10"
-    " --kl-coef 0.01 --updates-per-step 0.05 --replay-episodes 300 --gamma 0.99 --tau 0.005 --total-timesteps 6000000"
-    " --eval-tasks 100 --save-every 5"
+    "--env-id HalfCheetah{}-v0 --train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5"
+    " --context-stride 10 --kl-coef 0.01 --updates-per-step 0.05 --replay-episodes 300 --gamma 0.99"
+    " --tau 0.005 --total-timesteps 6000000 --eval-tasks 100 --save-every 5"
 )
 
 # name: (script, flags, seeds, minutes a run on one core, reference)

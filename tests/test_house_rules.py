@@ -223,7 +223,7 @@ def test_the_experiment_block_is_the_same_in_every_script():
     blocks = {file.name: experiment_block(SOURCES[file]) for file in SCRIPTS}
     for block in blocks.values():
         assert [line.split(":")[0].strip() for line in block] == EXPERIMENT
-    # of these the defaults are each script's own, since an iteration is; env_id's comment may name what it suits
+    # an iteration is each script's own, and so are these defaults; env_id's comment may name what it suits
     own = r"\s+(env_id|total_timesteps|eval_every|save_every):"
     alike = {name: [line for line in block if not re.match(own, line)] for name, block in blocks.items()}
     assert len({tuple(block) for block in alike.values()}) == 1, alike

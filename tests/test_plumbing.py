@@ -29,27 +29,38 @@ from conftest import ROOT, script
 
 
 class Job:
-    """A script and a tiny job for it on Bandit5, of which an iteration takes `steps` environment steps."""
+    """A script and a tiny job for it, of which an iteration takes `steps` environment steps.
 
-    def __init__(self, name, steps, flags, policy):
-        self.name, self.steps, self.policy, self.module = name, steps, policy, script(name)
-        self.tiny = (
-            f"{flags} --hidden-size 8 --eval-tasks 20 --eval-every 2 --save-every 2 --device cpu".split()
-        )
+    policy: its networks' name in a checkpoint; long_tasks: other tasks to try, with environment steps.
+    """
+
+    def __init__(self, name, env_id, steps, flags, policy, long_tasks):
+        self.name, self.env_id, self.steps, self.policy = name, env_id, steps, policy
+        self.long_tasks, self.module = long_tasks, script(name)
+        flags += " --hidden-size 8 --eval-tasks 20 --eval-every 2 --save-every 2 --device cpu"
+        self.tiny = f"--env-id {env_id} {flags}".split()
 
 
+EARLY_ENDS = {"Maze-v0": 14400, "PointRobot-v0": 3840, "HalfCheetahDir-v0": 24000}
+RL2 = "--num-envs 16 --epochs 1 --minibatches 2 --episodes-per-trial 3"
+MAML = "--num-tasks 3 --episodes-per-task 4 --eval-episodes 4"
+PEARL = "--train-tasks 4 --num-tasks 2 --batch-size 4 --episodes-per-task 2 --context-episodes 2"
 JOBS = {
     job.name: job
     for job in (
-        Job("rl2_ppo", 48, "--num-envs 16 --epochs 1 --minibatches 2 --episodes-per-trial 3", "agent"),
+        Job("rl2_ppo", "Bandit5-v0", 48, RL2, "agent", EARLY_ENDS),
+        Job("maml_trpo", "Bandit5-v0", 24, MAML, "policy", EARLY_ENDS),
         Job(
-            "maml_trpo",
-            24,
-            "--num-tasks 3 --episodes-per-task 4 --eval-episodes 4 --env-id Bandit5-v0",
-            "policy",
+            "pearl_sac",
+            "PointRobot-v0",
+            160,
+            f"{PEARL} --context-rounds 2 --replay-episodes 6 --updates-per-step 0.02",
+            "agent",
+            {"PointGoal-v0": 3200, "HalfCheetahDir-v0": 8000},
         ),
     )
 }
+LONG_TASKS = [(job.name, env_id) for job in JOBS.values() for env_id in job.long_tasks]
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
 )  # for the server
@@ -223,7 +234,7 @@ def test_a_run_writes_a_row_an_iteration_with_the_keys_that_every_script_has(job
     }
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert json.loads((run / "args.json").read_text())["hidden_size"] == 8
-    assert re.fullmatch(rf"{job.name}__Bandit5-v0__1__\d{{8}}-\d{{6}}", run.name)
+    assert re.fullmatch(rf"{job.name}__{job.env_id}__1__\d{{8}}-\d{{6}}", run.name)
     assert sorted(file.name for file in run.iterdir()) == ["args.json", "checkpoint.pt", "metrics.jsonl"]
 
 
@@ -256,15 +267,15 @@ def test_2n_iterations_equal_n_and_a_cut_and_the_rest(job, tmp_path, uninterrupt
     assert_same_run(run, uninterrupted)
 
 
-@pytest.mark.parametrize("env_id", ["Maze-v0", "PointRobot-v0", "HalfCheetahDir-v0"])
+@pytest.mark.parametrize(("name", "env_id"), LONG_TASKS)
 def test_resuming_is_exact_where_episodes_end_early_and_where_actions_are_continuous(
-    job, tmp_path, monkeypatch, env_id
+    tmp_path, monkeypatch, name, env_id
 ):
+    job = JOBS[name]
     if env_id == "HalfCheetahDir-v0":
         pytest.importorskip("mujoco")
     flags = ["--env-id", env_id, "--save-every", "1", "--eval-every", "3", "--eval-tasks", "4"]
-    steps = {"Maze-v0": 14400, "PointRobot-v0": 3840, "HalfCheetahDir-v0": 24000}[env_id]
-    iterations = steps // job.steps  # of Bandit5; these are longer
+    iterations = job.long_tasks[env_id] // job.steps  # of the tiny job; these are longer
     reference = train(job, tmp_path / "reference", iterations, *flags)
 
     def stop_there(run, *args, shipped=job.module.log):
@@ -450,7 +461,7 @@ def test_wandb_gets_every_row_once_even_if_the_run_dies_and_is_resumed(job, tmp_
     assert [row["global_step"] for row in rows] == [job.steps * (i + 1) for i in range(9)]
     assert ("*", "global_step") in axes
     assert ids == {checkpoint_of(run)["wandb_id"]}
-    assert (config["hidden_size"], config["env_id"], config["seed"]) == (8, "Bandit5-v0", 1)
+    assert (config["hidden_size"], config["env_id"], config["seed"]) == (8, job.env_id, 1)
     assert {field.name for field in dataclasses.fields(job.module.Args)} <= config.keys()
     assert [file.name for file in run.glob("wandb/offline-run-*/files/code/**/*.py")] == [f"{job.name}.py"]
 
@@ -510,13 +521,17 @@ def test_evaluate_prints_the_table_and_leaves_everything_as_it_was(job, tmp_path
     last = rows_of(run)[-1]
     for episode in range(3):  # the same frozen tasks and seeds as in training
         assert re.search(rf"^\s*{episode} .*{last[f'eval/return_ep{episode}']:.3f}", printed, re.MULTILINE)
-    assert "Bandit5-v0: 20 held-out tasks" in printed
+    assert f"{job.env_id}: 20 held-out tasks" in printed
 
 
 def test_the_last_words_of_a_run_say_where_it_is_and_how_to_plot_it(job, tmp_path, capsys):
     run = train(job, tmp_path, 2)
     printed = capsys.readouterr().out
-    assert str(run) in printed and "benchmark.plot" in printed and "random 0.5" in printed
+    assert (
+        str(run) in printed
+        and "benchmark.plot" in printed
+        and re.search("reference, an episode: random -?[0-9.]+", printed)
+    )
 
 
 # ---- bad input: one line that names the flag and the value, before any training, and no run folder
@@ -540,14 +555,9 @@ WRONG = {  # script -> flag -> values
         "save-every": ("0", "-3"),
         "hidden-size": ("0", "-3", "abc", "2.5", "5e3"),
     }
-    | {
-        "eval-tasks": ("-1", "100001"),
-        "seed": ("-1",),
-        "device": ("tpu",),
-        "gamma": UNIT,
-        "gae-lambda": UNIT,
-    },
+    | {"eval-tasks": ("-1", "100001"), "seed": ("-1",), "device": ("tpu",), "gamma": UNIT},
     "rl2_ppo": {
+        "gae-lambda": UNIT,
         "lr": (*ABOVE_ZERO, "fast"),
         "clip": ABOVE_ZERO,
         "max-grad-norm": ABOVE_ZERO,
@@ -559,11 +569,25 @@ WRONG = {  # script -> flag -> values
     "maml_trpo": dict.fromkeys(("inner-lr", "init-std", "max-kl", "eval-lr-factor"), ABOVE_ZERO)
     | dict.fromkeys(("num-tasks", "episodes-per-task", "cg-steps", "eval-episodes"), ("0", "-3"))
     | {
+        "gae-lambda": UNIT,
         "inner-steps": ("-1", "1.5"),
         "tasks-at-once": ("-1",),
         "cg-damping": NOT_BELOW,
         "fisher-fraction": ("0", "1.1", "nan"),
         "inner-objective": ("reinforce",),
+    },
+    "pearl_sac": dict.fromkeys(("updates-per-step", "lr", "reward-scale", "alpha"), ABOVE_ZERO)
+    | dict.fromkeys(("latent-size", "hidden-layers", "batch-size", "context-stride"), ("0", "-3"))
+    | {
+        "num-tasks": ("0", "5"),  # of 4 training tasks
+        "prior-episodes": ("0", "3"),  # of 2 in a round
+        "context-episodes": ("0", "3"),
+        "replay-episodes": ("0", "3"),  # 2 rounds of 2 are drawn from
+        "context": ("everything",),
+        "context-data": ("posterior",),
+        "kl-coef": NOT_BELOW,
+        "gamma": ("1",),
+        "tau": ("0", "1.1", "nan"),
     },
 }
 BAD = [
@@ -682,14 +706,14 @@ def test_a_checkpoint_that_runs_code_is_refused(job, no_training, tmp_path):
 
 
 def test_a_checkpoint_of_another_script(job, no_training, tmp_path, finished):
-    message = both_ways(job, edited(finished, tmp_path / "other.pt", script="pearl_sac"))
-    assert "pearl_sac.py" in message and f"{job.name}.py" in message
+    message = both_ways(job, edited(finished, tmp_path / "other.pt", script="some_other"))
+    assert "some_other.py" in message and f"{job.name}.py" in message
 
 
 def test_a_checkpoint_of_another_environment(job, no_training, finished):
     for flag in ("--resume", "--evaluate"):
         message = one_line(job.module.main, [flag, str(finished), "--env-id", "Bandit10-v0"])
-        assert "--env-id Bandit10-v0" in message and "Bandit5-v0" in message
+        assert "--env-id Bandit10-v0" in message and job.env_id in message
 
 
 def test_a_checkpoint_of_another_version(job, no_training, tmp_path, finished):
@@ -799,7 +823,11 @@ def test_a_real_limit_on_the_log_ends_in_one_line(job, tmp_path):
     assert checkpoint_of(run)["global_step"] == 2 * job.steps
 
 
-LOSSES = {"rl2_ppo": ("ppo_value_loss", "ppo_policy_loss"), "maml_trpo": ("inner_loss", "returns_of")}
+LOSSES = {
+    "rl2_ppo": ("ppo_value_loss", "ppo_policy_loss"),
+    "maml_trpo": ("inner_loss", "returns_of"),
+    "pearl_sac": ("critic_loss", "kl_to_prior"),
+}
 
 
 @pytest.mark.parametrize(("name", "loss"), [(name, loss) for name in JOBS for loss in LOSSES[name]])
@@ -852,6 +880,13 @@ def test_a_learning_rate_beyond_reason_ends_in_one_line(tmp_path, env_id, flags)
         "2",
         *flags,
     )
+    assert re.search(r"(losses|debug|eval)/\w+", message)
+    saved = checkpoint_of(only_run(tmp_path))["modules"]["agent"]
+    assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+def test_a_learning_rate_beyond_reason_ends_in_one_line_of_pearl_too(tmp_path):
+    message = one_line(train, JOBS["pearl_sac"], tmp_path, 40, "--lr", "1e30")
     assert re.search(r"(losses|debug|eval)/\w+", message)
     saved = checkpoint_of(only_run(tmp_path))["modules"]["agent"]
     assert all(torch.isfinite(value).all() for value in saved.values())
