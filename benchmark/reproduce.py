@@ -52,7 +52,7 @@ TABULAR = (
 PEARL_CHEETAH = (
     "--env-id HalfCheetah{}-v0 --train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5"
     " --context-stride 10 --kl-coef 0.01 --updates-per-step 0.05 --replay-episodes 300 --gamma 0.99"
-    " --tau 0.005 --total-timesteps 6000000 --eval-tasks 100 --save-every 5"
+    " --tau 0.005 --total-timesteps 1200000 --eval-tasks 100 --save-every 5"
 )
 
 # name: (script, flags, seeds, minutes a run on one core, reference)
@@ -104,14 +104,11 @@ ENTRIES = {
     ),
     "maml_cheetah_dir_pretrained": ("maml_trpo.py", f"{CHEETAH_DIR} --inner-steps 0", (1,), 60, "below MAML"),
     "maml_cheetah_vel_pretrained": ("maml_trpo.py", f"{CHEETAH_VEL} --inner-steps 0", (1,), 60, "below MAML"),
-    "pearl_pointrobot": ("pearl_sac.py", "", (1, 2, 3), 3, "middle -15.71, optimal -5.13, told by episode 3"),
-    "pearl_cheetah_vel": (
-        "pearl_sac.py",
-        PEARL_CHEETAH.format("Vel"),
-        (1,),
-        120,
-        "VariBAD's released runs -25, PEARL about -40 to -50",
-    ),
+    "pearl_pointrobot": ("pearl_sac.py", "", (1, 2, 3), 4, "middle -15.71, optimal -5.13"),
+    "pearl_pointrobot_long": ("pearl_sac.py", PEARL_LONG, (1,), 60, "middle -15.71, optimal -5.13"),
+    "pearl_pointrobot_transitions": ("pearl_sac.py", "--context transitions", (1, 2, 3), 4, "whole episodes"),
+    "pearl_cheetah_vel": ("pearl_sac.py", PEARL_CHEETAH.format("Vel"), (1,), 30, "VariBAD -25, PEARL -40 to -50"),
+    "pearl_cheetah_dir": ("pearl_sac.py", PEARL_CHEETAH.format("Dir"), (1,), 30, "VariBAD 1900"),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }
 
