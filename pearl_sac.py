@@ -108,7 +108,7 @@ class Args:
 
     train_tasks: int = 400  # training tasks, drawn once: each has a ring of replay of its own
     episodes_per_task: int = 3  # E, episodes of every training task in an iteration: a round
-    prior_episodes: int = 1  # of these the first so many have z from the prior; also at evaluation
+    prior_episodes: int = 1  # of these the first so many have z from the prior
     updates_per_step: float = 0.025  # gradient steps per environment step
     num_tasks: int = 64  # N, tasks of a meta-batch
     batch_size: int = 16  # transitions of each of them in the critics' and the actor's losses
@@ -131,6 +131,7 @@ class Args:
     alpha: float = 0.1  # entropy temperature; with autotune the first one
     deterministic_eval: bool = True  # at evaluation act by the policy's mean; z is sampled all the same
     eval_episodes: int = 4  # episodes on a held-out task
+    eval_prior_episodes: int = 1  # of these the first so many have z from the prior
     eval_tasks: int = 1000  # held-out tasks to evaluate on; 0: all there are, at most 10,000
 
 
@@ -478,7 +479,7 @@ def update(agent, optimizer, step_fn, replay, count, args):
 
 
 @torch.no_grad()
-def adapt(agent, act_fn, env, num_episodes, args, seed=None, deterministic=False):
+def adapt(agent, act_fn, env, num_episodes, prior_episodes, args, seed=None, deterministic=False):
     """Posterior sampling: the same in training as on new tasks. [Alg 2]
 
     The first prior_episodes are played with z ~ N(0, 1), the others with z from what all before have shown.
@@ -488,7 +489,7 @@ def adapt(agent, act_fn, env, num_episodes, args, seed=None, deterministic=False
     var = torch.ones_like(mean)
     episodes, beliefs, contexts = [], [], []
     for number in range(num_episodes):
-        if number >= args.prior_episodes:
+        if number >= prior_episodes:
             mean, var = infer(agent.encoder, *(torch.cat(parts, 1) for parts in zip(*contexts, strict=True)))
         episode_seed = None if seed is None else seed + number
         episode = rollout(agent.actor, act_fn, env, sample_z(mean, var), episode_seed, deterministic)
@@ -508,8 +509,8 @@ def evaluate(agent, env, num_tasks, act_fn, args):
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
         env.set_tasks(env.sample_tasks(num_tasks, split="test"))
-        still = args.deterministic_eval
-        episodes, beliefs = adapt(agent, act_fn, env, args.eval_episodes, args, EVAL_SEED, still)
+        number = (args.eval_episodes, args.eval_prior_episodes)
+        episodes, beliefs = adapt(agent, act_fn, env, *number, args, EVAL_SEED, args.deterministic_eval)
     returns = torch.stack([(episode["reward"] * episode["valid"]).sum(1) for episode in episodes], 1)
     lengths = torch.stack([episode["valid"].sum(1) for episode in episodes], 1)
     success = torch.stack([(episode["success"] * episode["valid"]).amax(1) for episode in episodes], 1)
@@ -740,7 +741,7 @@ def print_report(env, metrics, num_tasks, stage):
 def check_pearl(args):
     """Check the flags of this script, except for what depends on the environment."""
     positive = "train_tasks episodes_per_task prior_episodes num_tasks batch_size replay_episodes latent_size"
-    positive += " context_episodes context_rounds context_stride hidden_size hidden_layers eval_episodes"
+    positive += " context_episodes context_rounds context_stride hidden_size hidden_layers eval_episodes eval_prior_episodes"
     positive += " updates_per_step lr reward_scale alpha"
     for name in positive.split():
         require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
@@ -800,7 +801,7 @@ def main(argv=None):
             start = clock(device)
 
             # Collect: a round of episodes on every training task, exploring as on a new one. [D5]
-            episodes, _ = adapt(agent, act_fn, env, args.episodes_per_task, args)
+            episodes, _ = adapt(agent, act_fn, env, args.episodes_per_task, args.prior_episodes, args)
             for episode in episodes:
                 replay.add(episode)
             steps = int(sum(episode["valid"].sum(dtype=torch.int64) for episode in episodes))

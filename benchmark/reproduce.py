@@ -55,6 +55,8 @@ PEARL_CHEETAH = (
     " --tau 0.005 --total-timesteps 1200000 --eval-tasks 100 --save-every 5"
 )
 
+PEARL_LONG = "--total-timesteps 2400000"
+
 # name: (script, flags, seeds, minutes a run on one core, reference)
 ENTRIES = {
     "rl2_bandit5_n10": ("rl2_ppo.py", "", (1, 2, 3), 3, "Bayes-optimal 6.660, paper 6.7"),
@@ -107,7 +109,13 @@ ENTRIES = {
     "pearl_pointrobot": ("pearl_sac.py", "", (1, 2, 3), 4, "middle -15.71, optimal -5.13"),
     "pearl_pointrobot_long": ("pearl_sac.py", PEARL_LONG, (1,), 60, "middle -15.71, optimal -5.13"),
     "pearl_pointrobot_transitions": ("pearl_sac.py", "--context transitions", (1, 2, 3), 4, "whole episodes"),
-    "pearl_cheetah_vel": ("pearl_sac.py", PEARL_CHEETAH.format("Vel"), (1,), 30, "VariBAD -25, PEARL -40 to -50"),
+    "pearl_cheetah_vel": (
+        "pearl_sac.py",
+        PEARL_CHEETAH.format("Vel"),
+        (1,),
+        30,
+        "VariBAD -25, PEARL -40 to -50",
+    ),
     "pearl_cheetah_dir": ("pearl_sac.py", PEARL_CHEETAH.format("Dir"), (1,), 30, "VariBAD 1900"),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }

@@ -435,7 +435,7 @@ def test_in_training_context_looks_exactly_as_it_does_on_a_new_task(stride):
     env = common.make("PointRobot-v0", 4, seed=0)
     args = context_args(pearl, context_rounds=1, context_stride=stride)
     agent = make_agent(pearl, args)
-    episodes, beliefs = pearl.adapt(agent, pearl.sample_action, env, 4, args)
+    episodes, beliefs = pearl.adapt(agent, pearl.sample_action, env, 4, 1, args)
     replay = pearl.ReplayBuffer(4, 30, 20, 2, 2, "cpu")
     for episode in episodes[:3]:
         replay.add(episode)
@@ -632,10 +632,10 @@ def test_the_target_follows_and_does_not_lead():
 
 def check_beliefs(module):
     env = common.make("PointRobot-v0", 6, seed=0)
-    args = small_args(module, prior_episodes=2)
+    args = small_args(module)
     agent = make_agent(module, args)
     env.reset(seed=0)
-    episodes, beliefs = module.adapt(agent, module.sample_action, env, 4, args, seed=3)
+    episodes, beliefs = module.adapt(agent, module.sample_action, env, 4, 2, args, seed=3)
     assert len(episodes) == len(beliefs) == 4
     for mean, var in beliefs[:2]:
         assert torch.equal(mean, torch.zeros(6, LATENT)) and torch.equal(var, torch.ones(6, LATENT))
@@ -765,7 +765,7 @@ def probe(module, run, after):
     torch.manual_seed(0)
     goals = env.sample_tasks(1000, split="test")
     env.set_tasks(goals)
-    _, beliefs = module.adapt(agent, module.sample_action, env, after + 1, args, 0, True)
+    _, beliefs = module.adapt(agent, module.sample_action, env, after + 1, 1, args, 0, True)
     x = torch.cat([beliefs[after][0], torch.ones(1000, 1)], 1).double()
     y = goals.double()
     line = torch.linalg.lstsq(x[:500], y[:500]).solution

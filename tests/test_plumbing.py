@@ -577,7 +577,9 @@ WRONG = {  # script -> flag -> values
         "inner-objective": ("reinforce",),
     },
     "pearl_sac": dict.fromkeys(("updates-per-step", "lr", "reward-scale", "alpha"), ABOVE_ZERO)
-    | dict.fromkeys(("latent-size", "hidden-layers", "batch-size", "context-stride"), ("0", "-3"))
+    | dict.fromkeys(
+        ("latent-size", "hidden-layers", "batch-size", "context-stride", "eval-prior-episodes"), ("0", "-3")
+    )
     | {
         "num-tasks": ("0", "5"),  # of 4 training tasks
         "prior-episodes": ("0", "3"),  # of 2 in a round
