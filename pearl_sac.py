@@ -741,8 +741,8 @@ def print_report(env, metrics, num_tasks, stage):
 def check_pearl(args):
     """Check the flags of this script, except for what depends on the environment."""
     positive = "train_tasks episodes_per_task prior_episodes num_tasks batch_size replay_episodes latent_size"
-    positive += " context_episodes context_rounds context_stride hidden_size hidden_layers eval_episodes eval_prior_episodes"
-    positive += " updates_per_step lr reward_scale alpha"
+    positive += " context_episodes context_rounds context_stride hidden_size hidden_layers eval_episodes"
+    positive += " eval_prior_episodes updates_per_step lr reward_scale alpha"
     for name in positive.split():
         require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
     for name in ("kl_coef", "eval_tasks"):
