@@ -52,7 +52,7 @@ TABULAR = (
 PEARL_CHEETAH = (
     "--env-id HalfCheetah{}-v0 --train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5"
     " --context-stride 10 --kl-coef 0.01 --updates-per-step 0.05 --replay-episodes 300 --gamma 0.99"
-    " --tau 0.005 --total-timesteps 1200000 --eval-tasks 100 --save-every 5"
+    " --tau 0.005 --total-timesteps 1200000 --eval-tasks {} --save-every 5"
 )
 
 PEARL_LONG = "--total-timesteps 2400000"
@@ -111,12 +111,12 @@ ENTRIES = {
     "pearl_pointrobot_transitions": ("pearl_sac.py", "--context transitions", (1, 2, 3), 4, "whole episodes"),
     "pearl_cheetah_vel": (
         "pearl_sac.py",
-        PEARL_CHEETAH.format("Vel"),
+        PEARL_CHEETAH.format("Vel", 100),
         (1,),
         30,
         "VariBAD -25, PEARL -40 to -50",
     ),
-    "pearl_cheetah_dir": ("pearl_sac.py", PEARL_CHEETAH.format("Dir"), (1,), 30, "VariBAD 1900"),
+    "pearl_cheetah_dir": ("pearl_sac.py", PEARL_CHEETAH.format("Dir", 40), (1,), 30, "VariBAD 1900"),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }
 
