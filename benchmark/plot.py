@@ -3,7 +3,8 @@
     python -m benchmark.plot RUN_DIR...  [--out curves.png]
 
 Runs that differ in nothing but their seed are one curve. Left: held-out return against environment steps:
-of the trial, or where an agent adapts by gradient steps, after as many as it was trained for.
+of the trial, of its last episode, or where an agent adapts by gradient steps, after as many as it was
+trained for.
 Right: held-out return by episode or gradient step on a new task, at the end; a dotted level for a policy that
 is told its task. Bands are 95 % intervals: over seeds (Student's t) where there are several, which share
 their held-out tasks, whose luck is not in it; over held-out tasks where there is one seed, says the legend.
@@ -94,6 +95,9 @@ def headline(args, row):
     """What a run is judged by: key of the return, of its standard error, and in words."""
     if "eval/return_trial" in row:
         return "eval/return_trial", "eval/return_trial_se", "sum over the trial"
+    if "inner_steps" not in args:
+        last = max(int(key[14:]) for key in row if key.startswith("eval/return_ep"))
+        return f"eval/return_ep{last}", f"eval/return_se_ep{last}", f"in episode {last + 1}"
     steps = args["inner_steps"]
     return f"eval/return_ep{steps}", f"eval/return_se_ep{steps}", "after the gradient steps trained for"
 
@@ -137,7 +141,7 @@ def draw(folders, out):
         draw_references(left, env.trial_references.get(episodes, {}), at=steps[-1], align="right")
         draw_references(right, env.references, at=numbers[0], align="left")
     left.set(xlabel="environment steps (all of them)", ylabel=f"held-out return,\n{words}")
-    stage = "episode" if words == "sum over the trial" else "gradient steps"
+    stage = "gradient steps" if "gradient steps" in words else "episode"
     right.set(xlabel=f"{stage} on a new task", ylabel="held-out return of an episode")
     right.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside lower center")

@@ -1,6 +1,6 @@
 """How fast the scripts are, where the time goes, and how far that is from the raw limit, measured in one run.
 
-    python -m benchmark.throughput [envs] [physics] [rl2] [maml] [--device cpu|cuda] [--threads N]
+    python -m benchmark.throughput [envs] [physics] [rl2] [maml] [pearl] [--device cpu|cuda] [--threads N]
 
 Every figure is a median over repetitions after a burn-in. Peers' figures were measured by us on another
 machine of two cores, so a ratio to them says an order of magnitude; ratios inside a run are good to a few %.
@@ -16,10 +16,13 @@ import torch
 
 import common
 import maml_trpo
+import pearl_sac
 import rl2_ppo
 from benchmark.baselines import is_physics
 
 VARIBAD_GRIDNAVI_SPS = 763  # env steps/s of varibad's RL^2 on GridNavi, end to end, two cores without a GPU
+OYSTER_STEPS = {(8, 64): 23, (16, 256): 4.2}  # gradient steps/s of oyster, meta-batch x batch, two threads
+OYSTER_SPS = 4600  # its env steps/s in collecting
 MAML_RL_SECONDS = {"PointGoal-v0": 4.46, "HalfCheetahDir-v0": 32.5}  # a meta-iteration of pytorch-maml-rl
 
 
@@ -147,12 +150,55 @@ def maml(device, env_id, repeats=5, **flags):
     print(f"  {total:.2f} s a meta-iteration, {steps / total:,.0f} env steps/s; {steps} of them")
     peer = MAML_RL_SECONDS[env_id]
     print(f"  pytorch-maml-rl, measured by us on another two cores: {peer} s, {peer / total:.1f} times that")
-    with torch.profiler.profile() as profile:
-        maml_trpo.update(policy, inner, outer, args)
-    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-    products = sum(times.get(f"aten::{name}", 0) for name in ("baddbmm", "bmm", "mm", "addmm", "matmul"))
     if device.type == "cpu":
-        print(f"  matrix products are {products / sum(times.values()):.0%} of the update")
+        products, whole = seconds_of_products(lambda: maml_trpo.update(policy, inner, outer, args))
+        print(f"  matrix products are {products / whole:.0%} of the update")
+
+
+def seconds_of_products(function):
+    """Seconds that a call spends in matrix products, and in all operations, by PyTorch's profiler."""
+    with torch.profiler.profile() as profile:
+        function()
+    times = {event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
+    names = ("baddbmm", "bmm", "mm", "addmm", "matmul")
+    return sum(times.get(f"aten::{name}", 0) for name in names), sum(times.values())
+
+
+def pearl(device, repeats=5, count=20, compiled=False, **flags):
+    """Gradient steps/s of pearl_sac.py, the share that its matrix products alone would take, collection."""
+    device = torch.device(device)
+    args = dataclasses.replace(pearl_sac.Args(), **flags)
+    torch.manual_seed(0)
+    env = common.make(args.env_id, args.train_tasks, device=device, seed=0)
+    env.set_tasks(env.sample_tasks(args.train_tasks))
+    obs_dim, space = env.single_observation_space.shape[0], env.single_action_space
+    agent = pearl_sac.make_agent(obs_dim, space, args).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True)
+    rings = (args.train_tasks, 4 * args.episodes_per_task)
+    replay = pearl_sac.ReplayBuffer(*rings, env.horizon, obs_dim, space.shape[0], device)
+    step_fn = torch.compile(pearl_sac.gradient_step) if compiled else pearl_sac.gradient_step
+    number = (args.episodes_per_task, args.prior_episodes)
+
+    def collect():
+        for episode in pearl_sac.adapt(agent, pearl_sac.sample_action, env, *number, args)[0]:
+            replay.add(episode)
+
+    def learn():
+        pearl_sac.update(agent, optimizer, step_fn, replay, count, args)
+
+    collecting = median_seconds(collect, device, repeats)
+    learning = median_seconds(learn, device, repeats) / count
+    sps = args.train_tasks * args.episodes_per_task * env.horizon / collecting
+    size = (args.num_tasks, args.batch_size)
+    shape = f"{size[0]} tasks x {size[1]}, {args.hidden_layers} x {args.hidden_size}"
+    print(f"\npearl_sac.py on {args.env_id}: {shape}, {device}{', compiled' * compiled}")
+    if device.type == "cpu":
+        products = statistics.median(seconds_of_products(learn)[0] / count for _ in range(repeats))
+        share = f"; the matrix products alone would take {products / learning:.0%} of that time"
+    print(f"  {1 / learning:.1f} gradient steps/s{share if device.type == 'cpu' else ''}")
+    if size in OYSTER_STEPS:
+        print(f"  oyster, measured by us on another two cores: {OYSTER_STEPS[size]} a second")
+    print(f"  collecting: {sps:,.0f} env steps/s, {sps / OYSTER_SPS:.0f} times oyster's")
 
 
 def gru_seconds(args, inputs, steps, device, repeats):
@@ -212,7 +258,7 @@ def rl2(device, env_id, repeats=7, compiled=False, **flags):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", help="envs, physics, rl2, maml; nothing: all")
+    parser.add_argument("what", nargs="*", help="envs, physics, rl2, maml, pearl; nothing: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's own choice")
     options = parser.parse_args()
@@ -220,7 +266,7 @@ def main():
         torch.set_num_threads(options.threads)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.machine()}, {name}")
-    what = set(options.what) or {"envs", "physics", "rl2", "maml"}
+    what = set(options.what) or {"envs", "physics", "rl2", "maml", "pearl"}
     if "envs" in what:
         env_steps(options.device)
     if "physics" in what:
@@ -230,6 +276,15 @@ def main():
             print(f"\n{at_once or 'all'} tasks at once")
             maml(options.device, "PointGoal-v0", tasks_at_once=at_once)
             maml(options.device, "HalfCheetahDir-v0", num_tasks=40, tasks_at_once=at_once)
+    if "pearl" in what:
+        oyster = {"hidden_size": 300, "hidden_layers": 3, "train_tasks": 80}
+        for flags in (
+            {},
+            {"num_tasks": 8, "batch_size": 64, **oyster},
+            {"num_tasks": 16, "batch_size": 256, **oyster},
+        ):
+            for compiled in (False, True) if options.device == "cuda" else (False,):
+                pearl(options.device, compiled=compiled, **flags)
     if "rl2" in what:
         sps = rl2(options.device, "GridNavi-v0", **GRIDNAVI)
         print(f"  {sps / VARIBAD_GRIDNAVI_SPS:.0f} times varibad's {VARIBAD_GRIDNAVI_SPS} env steps/s")

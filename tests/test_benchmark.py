@@ -8,7 +8,8 @@ import torch
 
 import common
 import maml_trpo
-from benchmark import plot, reproduce, throughput, trajectories
+import pearl_sac
+from benchmark import plot, posteriors, reproduce, throughput, trajectories
 
 TINY = (
     "--num-envs 8 --episodes-per-trial 3 --hidden-size 8 --total-timesteps 48 --eval-every 1 --eval-tasks 16"
@@ -209,3 +210,52 @@ def test_a_gradient_learner_is_judged_after_as_many_steps_as_it_was_trained_for(
     pytest.importorskip("matplotlib")
     plot.draw([run], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- PEARL's pictures
+
+
+def tiny_pearl(folder):
+    flags = "--train-tasks 4 --num-tasks 2 --episodes-per-task 2 --context-episodes 2 --updates-per-step 0.02"
+    flags += " --hidden-size 8 --eval-tasks 20 --total-timesteps 160"
+    pearl_sac.main([*flags.split(), "--device", "cpu", "--run-dir", str(folder)])
+    (run,) = folder.glob("pearl_sac__*")
+    return run
+
+
+def test_beliefs_and_paths_are_those_that_the_run_was_evaluated_on(tmp_path):
+    run = tiny_pearl(tmp_path)
+    episodes, beliefs, tasks = posteriors.play(run, 0)
+    assert torch.equal(tasks, common.make("PointRobot-v0", 1).sample_tasks(20, split="test"))
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    for number, (episode, (_, var)) in enumerate(zip(episodes, beliefs, strict=True)):
+        found = episode["reward"].sum(1).mean().item()
+        assert found == pytest.approx(last[f"eval/return_ep{number}"], abs=1e-3)
+        assert var.sqrt().mean().item() == pytest.approx(last[f"eval/posterior_std_ep{number}"], abs=1e-4)
+    pytest.importorskip("matplotlib")
+    posteriors.draw(run, 3, 2, tmp_path / "beliefs.png")
+    plot.draw([run], tmp_path / "curves.png")
+    for picture in ("beliefs.png", "curves.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_posterior_sampler_is_judged_by_its_last_episode(tmp_path):
+    ((_, args, (rows,)),) = plot.group_runs([tiny_pearl(tmp_path)])
+    assert plot.headline(args, rows[-1]) == ("eval/return_ep3", "eval/return_se_ep3", "in episode 4")
+
+
+def test_the_principal_plane_is_where_points_vary_most():
+    torch.manual_seed(0)
+    points = torch.randn(500, 5) * torch.tensor([0.1, 5.0, 0.1, 2.0, 0.1])
+    plane = posteriors.principal_plane(points).abs()
+    assert (
+        plane[1, 0] > 0.99
+        and plane[3, 1] > 0.99
+        and posteriors.principal_plane(points[:, :1]).shape == (1, 1)
+    )
+
+
+def test_matrix_products_are_a_part_of_the_time():
+    a = torch.randn(400, 400)
+    products, whole = throughput.seconds_of_products(lambda: (a @ a, a.exp()))
+    assert 0 < products < whole
