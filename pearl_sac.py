@@ -9,38 +9,45 @@ THE IDEA
 
     On a new task z is drawn from the prior, acted upon for a whole episode, the belief sharpened with what
     happened, z drawn again. As in Thompson sampling, exploring is acting well on a task that may be the case.
-    Inference is apart from control, so control can be soft actor-critic, which reuses old data: much fewer
-    environment steps than RL^2 and MAML, which must play anew for each gradient step.
+    Inference is apart from control, so control can be soft actor-critic, which goes on learning from old
+    data: far fewer environment steps than RL^2 and MAML, which throw theirs away after an update.
 
 ALGORITHM
     repeat
-        on every training task: z ~ N(0, 1), play an episode; then z ~ q(z | episodes so far), play another,
-            and so on for E episodes; all go into the task's replay                       [Alg 1 l.4-9, Alg 2]
+        on every training task: play some episodes with z ~ N(0, 1) (by default one), each of the others with
+            z ~ q(z | the episodes before): a round of E. All go into the task's replay            [Alg 1, 2]
         for a number of gradient steps, on a meta-batch of N tasks:
-            c = recent episodes of the task, and a batch (s, a, r, s') of all its replay       [Alg 1 l.12-13]
+            c = recent episodes of the task, and a batch (s, a, r, s') of all its replay               [Alg 1]
             q(z | c) = product over n of N(mu(c_n), var(c_n)), normalised; z ~ q                        [Eq 2]
             y = r + gamma (1 - terminated) (min_i Q_target_i(s', a', z) - alpha log pi(a' | s', z))
             critics, encoder: descend sum_i (Q_i(s, a, z) - y)^2 + beta KL(q(z | c) || N(0, 1))      [Eq 1, 3]
             actor: descend alpha log pi(a~ | s, z) - min_i Q_i(s, a~, z), z without gradient            [Eq 4]
             alpha: descend -alpha (log pi(a~ | s, z) + target entropy)                             [SAC Eq 18]
-    on a new task: play, infer, play again. Nothing is trained.
-    SAC: Haarnoja et al. 2018, arXiv:1801.01290 and 1812.05905 (equation numbers are of the second).
+            where a' ~ pi(. | s', z) and a~ ~ pi(. | s, z)
+    on a new task: play, infer, play again, with the policy's mean for an action. Nothing is trained.
+    A dense reward that the environment tells (SparsePointGoal does) is the r of y, as in the paper; context
+    and evaluation stay sparse.
+    SAC: Haarnoja et al. 2018, arXiv:1801.01290; with a learned temperature 1812.05905, whose equation
+    numbers these are.
 
 DIFFERS FROM THE PAPER
-    D1  SAC of 2018b: two target critics and a learned temperature; the paper's has a state-value network and
-        alpha = 1 with rewards scaled by 5 or so (--no-autotune --alpha 1 --reward-scale 5).
-    D2  Context is whole episodes, the first 1 to E of a recent round of E: just what will be there on a new
-        task. The released code draws single transitions from recent data (--context transitions): there z
-        can be read off almost any handful of them, off one real episode much less well.
-    D3  All that is played enters context and replay alike, as both kinds are met at test. In the released
+    D1  The later SAC: two target critics and a learned temperature. The paper's has a state-value network and
+        alpha = 1 with scaled rewards (--no-autotune --alpha 1 --reward-scale 5).
+    D2  Context is whole episodes, the first few of a recent round: just what will be there on a new task. The
+        released code draws single transitions from recent data (--context transitions): z can be read off a
+        mixture of many episodes easily, and off the few real ones of a new task much less well.
+    D3  All that is played enters context and replay alike, as both kinds are met at test. In most released
         configurations episodes played with a z from the posterior enter the replay only
         (--context-data prior).
-    D4  c_n = (s, a, r, s') as in the paper; the released code leaves out s' (--no-context-next-obs).
-    D5  Every training task is played in every iteration, all in one batch; the paper plays a few at a time,
-        and the context of the others grows stale.
+    D4  c_n = (s, a, r, s') as in the paper; the released code by default leaves s' out
+        (--no-context-next-obs).
+    D5  Every training task is played in every iteration, all in one batch; the released code draws a few at a
+        time, and the context of the others grows stale.
     D6  The KL's weight beta is per task, in units of the critics' mean squared error. The released code sums
-        the KL over the meta-batch beside a mean over transitions: its .1 is 1.6 here.
-    D7  Smaller networks and batches by default; the paper's sizes are the last line of RUN.
+        the KL over the meta-batch beside a mean over transitions: its .1 is 1.6 here. But its rewards are
+        scaled by 5 or more and their squares by 25 or more. Here .1 makes z say nothing on the point robot.
+    D7  Smaller networks and batches by default, a larger meta-batch and more training tasks: the encoder
+        learns from each context once, so different contexts are what it needs. The paper's sizes: see RUN.
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  The KL summed over tasks while the critic's loss is a mean: beta grows with the meta-batch.
@@ -48,20 +55,25 @@ TRAPS (each has a test that goes red when the trap is put in)
     T3  A factor whose variance rounds to zero: infinite precision, and a posterior that is no number.
     T4  z detached in the critics' loss: the encoder learns nothing but the prior. Or not detached in the
         actor's: the encoder learns to flatter the critic.
-    T5  Context that does not look as it will at test: old episodes of a policy long gone, batches that tie
-        its size to something else, or one task's context for another's transitions.
+    T5  Context that does not look as it will at test: episodes of a policy long gone, always as many
+        transitions as the critics' batch has; or one task's context for another's transitions.
     T6  A time limit taken for an end: the critic learns that nothing comes after it.
     T7  The next episode's first observation taken for the last one's next observation.
     T8  z drawn again at every step: no hypothesis is held long enough to be tested.
     T9  Episodes that end early: what follows in their row is padding, neither context nor data.
     T10 Squashing forgotten in the log-probability, or its Jacobian taken where tanh is flat: log 0.
-    T11 Episode 1 played with knowledge of the task, or evaluation on training tasks.
+    T11 The first episode played with knowledge of the task, or evaluation on training tasks.
 
 RUN
     python pearl_sac.py                                                 # dense point robot: two minutes
-    python pearl_sac.py --env-id SparsePointGoal-v0 --prior-episodes 2 --episodes-per-task 4
-    python pearl_sac.py --env-id HalfCheetahVel-v0 --hidden-size 300 --hidden-layers 3 --batch-size 256 \
-        --lr 3e-4 --gamma 0.99 --tau 0.005 --reward-scale 5            # the paper's sizes
+    python pearl_sac.py --env-id HalfCheetahVel-v0 --train-tasks 100 --num-tasks 16 --batch-size 64 \
+        --latent-size 5 --context-stride 10 --kl-coef 0.01 --updates-per-step 0.05 --replay-episodes 300 \
+        --gamma 0.99 --tau 0.005 --total-timesteps 1200000 --eval-tasks 100 --save-every 5
+    python pearl_sac.py --env-id HalfCheetahVel-v0 --train-tasks 100 --num-tasks 16 --batch-size 256 \
+        --hidden-size 300 --hidden-layers 3 --latent-size 5 --lr 3e-4 --gamma 0.99 --tau 0.005 --kl-coef 1.6 \
+        --no-autotune --alpha 1 --reward-scale 5 --updates-per-step 0.4 --replay-episodes 300 \
+        --context transitions --context-data prior --no-context-next-obs --total-timesteps 2500000 \
+        --eval-tasks 30 --save-every 5     # the released code's sizes and choices; a GPU helps
 
 RESULT (held-out tasks by episode; +- a standard error over tasks)
     none yet
@@ -108,7 +120,7 @@ class Args:
 
     train_tasks: int = 400  # training tasks, drawn once: each has a ring of replay of its own
     episodes_per_task: int = 3  # E, episodes of every training task in an iteration: a round
-    prior_episodes: int = 1  # of these the first so many have z from the prior
+    prior_episodes: int = 1  # of them the first so many have z from the prior
     updates_per_step: float = 0.025  # gradient steps per environment step
     num_tasks: int = 64  # N, tasks of a meta-batch
     batch_size: int = 16  # transitions of each of them in the critics' and the actor's losses
@@ -131,8 +143,8 @@ class Args:
     alpha: float = 0.1  # entropy temperature; with autotune the first one
     deterministic_eval: bool = True  # at evaluation act by the policy's mean; z is sampled all the same
     eval_episodes: int = 4  # episodes on a held-out task
-    eval_prior_episodes: int = 1  # of these the first so many have z from the prior
-    eval_tasks: int = 1000  # held-out tasks to evaluate on; 0: all there are, at most 10,000
+    eval_prior_episodes: int = 1  # of them the first so many have z from the prior
+    eval_tasks: int = 0  # held-out tasks to evaluate on; 0: all there are, at most 10,000
 
 
 # ============================== 2. Networks ==============================
@@ -232,7 +244,7 @@ def make_agent(obs_dim, action_space, args):
 
 
 def sample_action(actor, x, deterministic=False):
-    """x: [..., input] -> action [..., act] in [-1, 1], and its log-probability [...]. [SAC Eq 21]"""
+    """x: [..., input] -> action [..., act] in [-1, 1], and its log-probability [...]. [SAC App C]"""
     mean, log_std = actor(x)
     noise = torch.zeros_like(mean) if deterministic else torch.randn_like(mean)
     u = mean + log_std.exp() * noise  # the gradient goes through the sample
@@ -341,7 +353,8 @@ def sample_context(replay, tasks, args):
     Returns context [N, C, context] and weight [N, C].
     """
     device, whole, per_round = tasks.device, args.context == "episodes", args.episodes_per_task
-    most = args.prior_episodes if args.context_data == "prior" else args.context_episodes  # D3
+    prior_only = args.context_data == "prior"  # D3
+    most = min(args.context_episodes, args.prior_episodes if prior_only else args.episodes_per_task)
     known = int(torch.randint(1, most + 1, ()))
     rounds = min(replay.count // per_round, args.context_rounds)
     steps = torch.arange(0, replay.horizon, args.context_stride, device=device)
@@ -370,8 +383,7 @@ def product_of_gaussians(mean, var, weight=None):
     if weight is not None:
         precision = precision * weight[..., None]
     total = precision.sum(1)
-    known = total > 0
-    total = torch.where(known, total, 1.0)
+    total = torch.where(total > 0, total, 1.0)
     return (precision * mean).sum(1) / total, 1 / total
 
 
@@ -432,7 +444,7 @@ def follow(target, online, tau):
 
 
 def gradient_step(agent, optimizer, batch, context, weight, args):
-    """One step of encoder, critics, actor and temperature on a meta-batch, in place. [Alg 1 l.13-20]
+    """One step of encoder, critics, actor and temperature on a meta-batch, in place. [Alg 1]
 
     batch: transitions, a dict of [N, M, ...]; context [N, C, context] and its weight [N, C]. Returns metrics.
     """
@@ -452,14 +464,16 @@ def gradient_step(agent, optimizer, batch, context, weight, args):
 
     pi_loss, logprob = actor_loss(agent.actor, agent.critic, x, alpha)  # T4: z without
     descend(optimizer, pi_loss, list(agent.actor.parameters()))
+    actor_grad_norm = nn.utils.get_total_norm([p.grad for p in agent.actor.parameters()])
     if args.autotune:
         alpha_loss = temperature_loss(agent.temperature(), logprob, -agent.actor.action_dim)
         descend(optimizer, alpha_loss, list(agent.temperature.parameters()))
     follow(agent.target, agent.critic, args.tau)
 
-    explained = 1 - td_loss / 2 / target.var().clamp(min=1e-8)
+    explained = 1 - td_loss / 2 / target.var(correction=0).clamp(min=1e-8)
     metrics = {"losses/critic": td_loss, "losses/actor": pi_loss, "debug/kl": kl, "debug/alpha": alpha.mean()}
     metrics |= {"debug/entropy": -logprob.mean(), "debug/q": values.mean(), "debug/grad_norm": grad_norm}
+    metrics["debug/grad_norm_actor"] = actor_grad_norm
     metrics |= {"debug/explained_variance": explained, "debug/posterior_std": var.sqrt().mean()}
     return {name: value.detach() for name, value in metrics.items()}
 
@@ -487,15 +501,16 @@ def adapt(agent, act_fn, env, num_episodes, prior_episodes, args, seed=None, det
     """
     mean = torch.zeros(env.num_envs, args.latent_size, device=env.device)  # T11: nothing is known
     var = torch.ones_like(mean)
-    episodes, beliefs, contexts = [], [], []
+    episodes, beliefs, factors = [], [], []
     for number in range(num_episodes):
         if number >= prior_episodes:
-            mean, var = infer(agent.encoder, *(torch.cat(parts, 1) for parts in zip(*contexts, strict=True)))
+            mean, var = product_of_gaussians(*(torch.cat(parts, 1) for parts in zip(*factors, strict=True)))
         episode_seed = None if seed is None else seed + number
         episode = rollout(agent.actor, act_fn, env, sample_z(mean, var), episode_seed, deterministic)
         episodes.append(episode)
         beliefs.append((mean, var))
-        contexts.append(episode_context(episode, args))
+        context, weight = episode_context(episode, args)
+        factors.append((*agent.encoder(context), weight))
     return episodes, beliefs
 
 
@@ -768,7 +783,7 @@ def main(argv=None):
     check_pearl(args)
     torch.manual_seed(args.seed)
 
-    env = make_env(args.env_id, args.train_tasks, device, args.seed)
+    env = make_env(args.env_id, 1 if args.evaluate else args.train_tasks, device, args.seed)
     num_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
     require(num_tasks <= held_out, "eval_tasks", num_tasks, f"at most {held_out}, all that are held out")
     eval_env = make_env(args.env_id, num_tasks, device, seed=0)
@@ -776,18 +791,18 @@ def main(argv=None):
     continuous = isinstance(action_space, gym.spaces.Box)
     require(continuous, "env_id", args.env_id, "a task distribution with continuous actions")
     agent = make_agent(obs_dim, action_space, args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True)
-    rings = (args.train_tasks, args.replay_episodes)
-    replay = ReplayBuffer(*rings, env.horizon, obs_dim, action_space.shape[0], device)
-    env.set_tasks(env.sample_tasks(args.train_tasks))  # the training tasks, from here on
     act_fn = torch.compile(sample_action) if args.compile else sample_action
     step_fn = torch.compile(gradient_step) if args.compile else gradient_step
-    modules = {"agent": agent, "optimizer": optimizer, "replay": replay, "env": env}  # all that has a state
     if args.evaluate:
         restore(checkpoint, {"agent": agent})
         print_report(eval_env, evaluate(agent, eval_env, num_tasks, act_fn, args), num_tasks, "episode")
         return
 
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True)
+    rings = (args.train_tasks, args.replay_episodes)
+    replay = ReplayBuffer(*rings, env.horizon, obs_dim, action_space.shape[0], device)
+    env.set_tasks(env.sample_tasks(args.train_tasks))  # from here on, in every round
+    modules = {"agent": agent, "optimizer": optimizer, "replay": replay, "env": env}  # all that has a state
     iteration = global_step = 0
     if checkpoint:
         restore(checkpoint, modules)
