@@ -68,7 +68,7 @@ RUN
     python pearl_sac.py                                                 # dense point robot: two minutes
     python pearl_sac.py --env-id HalfCheetahVel-v0 --train-tasks 100 --num-tasks 16 --batch-size 64 \
         --latent-size 5 --context-stride 10 --kl-coef 0.01 --updates-per-step 0.05 --replay-episodes 300 \
-        --gamma 0.99 --tau 0.005 --total-timesteps 1200000 --eval-tasks 100 --save-every 5
+        --gamma 0.99 --tau 0.005 --total-timesteps 1500000 --eval-tasks 100 --save-every 5
     python pearl_sac.py --env-id HalfCheetahVel-v0 --train-tasks 100 --num-tasks 16 --batch-size 256 \
         --hidden-size 300 --hidden-layers 3 --latent-size 5 --lr 3e-4 --gamma 0.99 --tau 0.005 --kl-coef 1.6 \
         --no-autotune --alpha 1 --reward-scale 5 --updates-per-step 0.4 --replay-episodes 300 \

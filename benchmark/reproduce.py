@@ -52,9 +52,14 @@ TABULAR = (
 PEARL_CHEETAH = (
     "--env-id HalfCheetah{}-v0 --train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5"
     " --context-stride 10 --kl-coef 0.01 --updates-per-step 0.05 --replay-episodes 300 --gamma 0.99"
-    " --tau 0.005 --total-timesteps 1200000 --eval-tasks {} --save-every 5"
+    " --tau 0.005 --total-timesteps 1500000 --eval-tasks {} --save-every 5"
 )
 
+PEARL_SPARSE = (
+    "--env-id SparsePointGoal-v0 --train-tasks 100 --episodes-per-task 12 --prior-episodes 8"
+    " --context-episodes 12 --context-rounds 3 --context-stride 2 --num-tasks 32 --batch-size 32"
+    " --latent-size 5 --updates-per-step 0.015 --eval-episodes 6 --total-timesteps 720000"
+)
 PEARL_LONG = "--total-timesteps 2400000"
 
 # name: (script, flags, seeds, minutes a run on one core, reference)
@@ -109,6 +114,7 @@ ENTRIES = {
     "pearl_pointrobot": ("pearl_sac.py", "", (1, 2, 3), 4, "middle -15.71, optimal -5.13"),
     "pearl_pointrobot_long": ("pearl_sac.py", PEARL_LONG, (1,), 60, "middle -15.71, optimal -5.13"),
     "pearl_pointrobot_transitions": ("pearl_sac.py", "--context transitions", (1, 2, 3), 4, "whole episodes"),
+    "pearl_sparse": ("pearl_sac.py", PEARL_SPARSE, (1, 2, 3), 5, "optimal 13.39"),
     "pearl_cheetah_vel": (
         "pearl_sac.py",
         PEARL_CHEETAH.format("Vel", 100),
