@@ -741,7 +741,7 @@ gym.register("OneGoal-v0", vector_entry_point=one_goal)
 def test_with_one_task_it_is_sac_and_solves_it(tmp_path):
     """The best path to the known goal from 1,000 random starts earns what PointRobot's optimum does there."""
     flags = "--env-id OneGoal-v0 --train-tasks 8 --num-tasks 8 --batch-size 32 --hidden-size 64 --kl-coef 1"
-    flags += " --total-timesteps 20000 --eval-tasks 200 --device cpu"
+    flags += " --latent-size 1 --total-timesteps 20000 --updates-per-step 0.2 --eval-every 100 --device cpu"
     pearl.main([*flags.split(), "--run-dir", str(tmp_path)])
     (log,) = tmp_path.glob("*/metrics.jsonl")
     last = json.loads(log.read_text().splitlines()[-1])
@@ -752,7 +752,7 @@ def test_with_one_task_it_is_sac_and_solves_it(tmp_path):
         obs, reward, *_ = env.step(((env._task - obs) * 10).clamp(-1, 1))
         best += reward.mean().item()
     for k in range(4):
-        assert last[f"eval/return_ep{k}"] > best - 0.8, (last[f"eval/return_ep{k}"], best)
+        assert last[f"eval/return_ep{k}"] > best - 0.7, (last[f"eval/return_ep{k}"], best)
 
 
 def probe(module, run, after):
