@@ -52,7 +52,7 @@ TABULAR = (
 PEARL_CHEETAH = (
     "--env-id HalfCheetah{}-v0 --train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5"
     " --context-stride 10 --kl-coef 0.01 --updates-per-step 0.05 --replay-episodes 300 --gamma 0.99"
-    " --tau 0.005 --total-timesteps 1500000 --eval-tasks {} --save-every 5"
+    " --tau 0.005 --total-timesteps {} --eval-tasks {} --save-every 5"
 )
 
 PEARL_SPARSE = (
@@ -114,15 +114,16 @@ ENTRIES = {
     "pearl_pointrobot": ("pearl_sac.py", "", (1, 2, 3), 4, "middle -15.71, optimal -5.13"),
     "pearl_pointrobot_long": ("pearl_sac.py", PEARL_LONG, (1,), 60, "middle -15.71, optimal -5.13"),
     "pearl_pointrobot_transitions": ("pearl_sac.py", "--context transitions", (1, 2, 3), 4, "whole episodes"),
+    "pearl_pointrobot_kl": ("pearl_sac.py", "--kl-coef 0.1", (1,), 4, "a KL too heavy"),
     "pearl_sparse": ("pearl_sac.py", PEARL_SPARSE, (1, 2, 3), 5, "optimal 13.39"),
     "pearl_cheetah_vel": (
         "pearl_sac.py",
-        PEARL_CHEETAH.format("Vel", 100),
+        PEARL_CHEETAH.format("Vel", 1_500_000, 100),
         (1,),
         30,
         "VariBAD -25, PEARL -40 to -50",
     ),
-    "pearl_cheetah_dir": ("pearl_sac.py", PEARL_CHEETAH.format("Dir", 40), (1,), 30, "VariBAD 1900"),
+    "pearl_cheetah_dir": ("pearl_sac.py", PEARL_CHEETAH.format("Dir", 900_000, 40), (1,), 30, "VariBAD 1900"),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }
 
