@@ -429,6 +429,11 @@ def temperature_loss(alpha, logprob, target_entropy):
     return -(alpha * (logprob + target_entropy)).mean()
 
 
+def flatten(tensors):
+    """A list of tensors -> one vector."""
+    return torch.cat([x.reshape(-1) for x in tensors])
+
+
 def descend(optimizer, loss, parameters):
     """One step of the optimizer on these parameters and no others."""
     optimizer.zero_grad()  # to None, and what has no gradient is left alone
@@ -460,11 +465,11 @@ def gradient_step(agent, optimizer, batch, context, weight, args):
     td_loss = critic_loss(values, target)
     inferring = [*agent.critic.parameters(), *agent.encoder.parameters()]
     descend(optimizer, td_loss + args.kl_coef * kl, inferring)
-    grad_norm = nn.utils.get_total_norm([p.grad for p in inferring])
+    grad_norm = flatten([p.grad for p in inferring]).norm()
 
     pi_loss, logprob = actor_loss(agent.actor, agent.critic, x, alpha)  # T4: z without
     descend(optimizer, pi_loss, list(agent.actor.parameters()))
-    actor_grad_norm = nn.utils.get_total_norm([p.grad for p in agent.actor.parameters()])
+    actor_grad_norm = flatten([p.grad for p in agent.actor.parameters()]).norm()
     if args.autotune:
         alpha_loss = temperature_loss(agent.temperature(), logprob, -agent.actor.action_dim)
         descend(optimizer, alpha_loss, list(agent.temperature.parameters()))
