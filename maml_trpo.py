@@ -62,8 +62,8 @@ RESULT (held-out tasks after 0, 1, 2, 3 gradient steps; +- a standard error over
     2D navigation      4.5 M steps, 61 meta-iterations, 5 min, 3 seeds: -38.4, -11.2 +- .8, -5.6 +- .5,
                        -3.2 +- .2; pretrained with its best step size -38.2, -19.4, -10.0, -7.0; told the
                        goal -.50; MAML's released runs, 100 meta-iterations: -40.4, -11.7, -3.33, -3.23
-    HalfCheetahDir     28 M of 64 M steps, 43 min, 1 seed, cut off, not rising since 12 M; told 831: -30, 126 +- 20,
-                       178, 206 (at 26 M -34, 173, 195, 214)
+    HalfCheetahDir     28 M of 64 M steps, 43 min, 1 seed, cut off, not rising since 12 M: -30, 126 +- 20,
+                       178, 206 (at 26 M -34, 173, 195, 214); told its task 831
 """
 
 import contextlib
