@@ -698,6 +698,18 @@ def test_evaluation_acts_by_the_mean_unless_told_otherwise():
     assert set(stochastic) == {True}
 
 
+def check_prior_episodes_of_an_evaluation_are_its_own(module):
+    for many in (1, 3):
+        report, _ = quick_evaluate(module, eval_prior_episodes=many, prior_episodes=2)
+        assert [report[f"eval/posterior_std_ep{k}"] == 1 for k in range(4)] == [k < many for k in range(4)]
+
+
+def test_the_prior_episodes_of_an_evaluation_are_its_own():
+    red(
+        check_prior_episodes_of_an_evaluation_are_its_own, "args.eval_prior_episodes)", "args.prior_episodes)"
+    )
+
+
 def test_tasks_whose_episodes_end_early_run_too():
     report, _ = quick_evaluate(pearl, "PointGoal-v0", latent_size=3)
     assert all(math.isfinite(value) for value in report.values())
@@ -712,6 +724,22 @@ def test_the_number_of_gradient_steps_follows_the_environment_steps(tmp_path):
         patch.setattr(pearl, "gradient_step", lambda *a: calls.append(1) or shipped(*a))
         pearl.main([*flags.split(), "--run-dir", str(tmp_path)])
     assert len(calls) == 32
+
+
+def test_a_round_in_training_has_its_prior_episodes_and_goes_into_the_replay_in_order(tmp_path):
+    flags = "--train-tasks 3 --num-tasks 2 --episodes-per-task 4 --prior-episodes 2 --context-episodes 2"
+    flags += " --eval-tasks 5 --eval-every 9 --total-timesteps 240 --hidden-size 4 --device cpu"
+    played, shipped = [], pearl.adapt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pearl, "adapt", lambda *a: played.append(shipped(*a)) or played[-1])
+        pearl.main([*flags.split(), "--updates-per-step", "0.01", "--run-dir", str(tmp_path)])
+    episodes, beliefs = played[0]
+    assert [bool((var == 1).all()) for _, var in beliefs] == [True, True, False, False]
+    (run,) = tmp_path.iterdir()
+    stored = pearl.load_checkpoint(run)["modules"]["replay"]
+    assert stored["count"] == 4
+    for number, episode in enumerate(episodes):
+        assert torch.equal(stored["obs"][:, number], episode["obs"])
 
 
 def test_discrete_actions_are_refused_in_one_line(tmp_path):
