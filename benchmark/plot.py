@@ -102,13 +102,30 @@ def headline(args, row):
     return f"eval/return_ep{steps}", f"eval/return_se_ep{steps}", "after the gradient steps trained for"
 
 
-def draw(folders, out):
-    """Draw the two panels for these run folders into the file out."""
+def pyplot():
+    """matplotlib.pyplot without a screen, imported only where something is drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def square_panel(axes, title, reach):
+    """A map of the plane from -reach to reach in both directions."""
+    axes.set_title(title, fontsize=9)
+    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+
+
+def save(figure, out, dpi):
+    figure.savefig(out, dpi=dpi)
+    print(f"wrote {out}")
+
+
+def draw(folders, out):
+    """Draw the two panels for these run folders into the file out."""
+    plt = pyplot()
     groups = group_runs(folders)
     if not groups:
         sys.exit("error: nothing to draw, no run has been evaluated yet")
@@ -145,8 +162,7 @@ def draw(folders, out):
     right.set(xlabel=f"{stage} on a new task", ylabel="held-out return of an episode")
     right.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside lower center")
-    figure.savefig(out, dpi=130)
-    print(f"wrote {out}")
+    save(figure, out, dpi=130)
 
 
 if __name__ == "__main__":

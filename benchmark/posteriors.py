@@ -13,6 +13,7 @@ import torch
 
 import common
 import pearl_sac
+from benchmark import plot
 
 
 def play(run_dir, episodes):
@@ -40,13 +41,10 @@ def principal_plane(points):
 
 def draw(run_dir, episodes, num_tasks, out):
     """Draw the panels for this run folder into the file out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     episodes, beliefs, tasks = play(run_dir, episodes)
-    figure, (above, below) = plt.subplots(2, len(episodes), figsize=(2.7 * len(episodes), 5.6), squeeze=False)
+    figure, (above, below) = plot.pyplot().subplots(
+        2, len(episodes), figsize=(2.7 * len(episodes), 5.6), squeeze=False
+    )
     plane = principal_plane(beliefs[-1][0])
     span = (tasks - tasks.amin(0)) / (tasks.amax(0) - tasks.amin(0))
     colours = torch.stack([span[:, 0], 0.3 + 0 * span[:, 0], span[:, 1]], 1).numpy()
@@ -58,15 +56,13 @@ def draw(run_dir, episodes, num_tasks, out):
             above[number].plot(path[:, 0], path[:, 1], color=colour, linewidth=1.2)
             above[number].plot(*path[0, :2], "o", color=colour, markersize=3)
             above[number].plot(*tasks[task, :2], "x", color=colour, markersize=9)
-        above[number].set_title(f"episode {number + 1}: {returns.mean():.1f}", fontsize=9)
-        above[number].set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal")
+        plot.square_panel(above[number], f"episode {number + 1}: {returns.mean():.1f}", reach=1.4)
         below[number].scatter(*(mean @ plane).T.numpy(), c=colours, s=3)
     limits = [float(x) for x in (beliefs[-1][0] @ plane).abs().amax(0) * 1.1]
     for axes in below:
         axes.set(xlim=(-limits[0], limits[0]), ylim=(-limits[-1], limits[-1]), xticks=[], yticks=[])
     figure.tight_layout()
-    figure.savefig(out, dpi=90)
-    print(f"wrote {out}")
+    plot.save(figure, out, dpi=90)
 
 
 if __name__ == "__main__":

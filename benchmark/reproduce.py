@@ -134,8 +134,13 @@ def run_seed(name, seed, run_dir, threads):
     parent = run_dir / name
     found = sorted(parent.glob(f"*__{seed}__*/checkpoint.pt"))
     command = [sys.executable, str(ROOT / script)]
-    fresh = [*flags.split(), "--seed", str(seed), "--run-dir", str(parent)]
-    command += ["--resume", str(found[-1].parent)] if found else fresh
+    flags = flags.split()
+    if found:  # an entry that has been made longer or shorter is trained up to its own length
+        command += ["--resume", str(found[-1].parent)]
+        if "--total-timesteps" in flags:
+            command += flags[(at := flags.index("--total-timesteps")) : at + 2]
+    else:
+        command += [*flags, "--seed", str(seed), "--run-dir", str(parent)]
     parent.mkdir(parents=True, exist_ok=True)
     if not found:  # the code that a run began with is the code its numbers belong to
         (parent / f"seed{seed}.commit").write_text(git_commit())

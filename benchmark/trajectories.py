@@ -11,6 +11,7 @@ import torch
 
 import common
 import maml_trpo
+from benchmark import plot
 
 
 def play(run_dir, num_tasks):
@@ -29,14 +30,9 @@ def play(run_dir, num_tasks):
 
 def draw(run_dir, num_tasks, out):
     """Draw the panels for this run folder into the file out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     batches, tasks = play(run_dir, num_tasks)
     size = (2.6 * len(batches), 2.6 * num_tasks)
-    figure, panels = plt.subplots(
+    figure, panels = plot.pyplot().subplots(
         num_tasks, len(batches), figsize=size, sharex=True, sharey=True, squeeze=False
     )
     for stage, batch in enumerate(batches):
@@ -47,11 +43,9 @@ def draw(run_dir, num_tasks, out):
                 path = batch["obs"][task, inside, episode, :2]
                 axes.plot(path[:, 0], path[:, 1], linewidth=0.8, alpha=0.7)
             axes.plot(*tasks[task, :2], "kx", markersize=9)
-            axes.set_title(f"{stage} gradient steps: {returns[task]:.1f}", fontsize=9)
-            axes.set(xlim=(-0.75, 0.75), ylim=(-0.75, 0.75), aspect="equal")
+            plot.square_panel(axes, f"{stage} gradient steps: {returns[task]:.1f}", reach=0.75)
     figure.tight_layout()
-    figure.savefig(out, dpi=90)
-    print(f"wrote {out}")
+    plot.save(figure, out, dpi=90)
 
 
 if __name__ == "__main__":

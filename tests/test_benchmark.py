@@ -54,6 +54,14 @@ def test_reproduce_trains_every_seed_and_writes_its_last_evaluation(
     assert capsys.readouterr().out.count("tiny seed 1: ") == 2
 
 
+def test_an_entry_that_was_made_longer_is_trained_on(tiny_entry, tmp_path, monkeypatch):
+    run_reproduce(monkeypatch, "tiny", "--run-dir", tiny_entry)
+    longer = TINY.replace("--total-timesteps 48", "--total-timesteps 96")
+    monkeypatch.setitem(reproduce.ENTRIES, "tiny", ("rl2_ppo.py", longer, (1,), 1, "none"))
+    run_reproduce(monkeypatch, "tiny", "--run-dir", tiny_entry)
+    assert [row["global_step"] for row in read_csv(tmp_path)] == ["96"]
+
+
 def test_reproduce_lists_its_entries_and_names_an_unknown_one(tiny_entry, monkeypatch, capsys):
     run_reproduce(monkeypatch)
     assert "tiny: rl2_ppo.py --num-envs 8" in capsys.readouterr().out

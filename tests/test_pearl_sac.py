@@ -710,6 +710,18 @@ def test_the_prior_episodes_of_an_evaluation_are_its_own():
     )
 
 
+def check_evaluation_counts_the_sparse_reward(module):
+    report, _ = quick_evaluate(module, "SparsePointGoal-v0", num_tasks=50)
+    assert all(
+        report[f"eval/return_ep{k}"] >= 0 and 0 <= report[f"eval/success_ep{k}"] <= 1 for k in range(4)
+    )
+
+
+def test_evaluation_goes_red_when_it_counts_the_dense_reward():
+    shipped = '(episode["reward"] * episode["valid"]).sum(1)'
+    red(check_evaluation_counts_the_sparse_reward, shipped, shipped.replace("reward", "train_reward"))
+
+
 def test_tasks_whose_episodes_end_early_run_too():
     report, _ = quick_evaluate(pearl, "PointGoal-v0", latent_size=3)
     assert all(math.isfinite(value) for value in report.values())
@@ -745,6 +757,19 @@ def test_a_round_in_training_has_its_prior_episodes_and_goes_into_the_replay_in_
 def test_discrete_actions_are_refused_in_one_line(tmp_path):
     with pytest.raises(SystemExit, match="--env-id Bandit5-v0: expected .*continuous actions"):
         pearl.main(["--env-id", "Bandit5-v0", "--run-dir", str(tmp_path)])
+
+
+class Unbounded(PointRobot):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.single_action_space = gym.spaces.Box(-math.inf, math.inf, (2,), dtype="float32")
+
+
+def test_actions_without_bounds_are_refused_in_one_line(tmp_path):
+    gym.register("Unbounded-v0", vector_entry_point=Unbounded)
+    with pytest.raises(SystemExit, match="--env-id Unbounded-v0: expected .*bounds"):
+        pearl.main(["--env-id", "Unbounded-v0", "--run-dir", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 # ---- learning
