@@ -204,6 +204,13 @@ def test_a_deterministic_action_is_the_squashed_mean_and_gradients_reach_the_act
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in actor.parameters())
 
 
+def test_the_policys_deviation_is_kept_between_e_to_the_minus_20_and_e_squared():
+    actor = pearl.Actor(4, BOX, 8, 2)
+    for bias, bound in ((-100.0, -20.0), (100.0, 2.0)):
+        torch.nn.init.constant_(actor.net[-1].bias, bias)
+        assert torch.equal(actor(torch.randn(M, 4))[1], torch.full((M, 2), bound))
+
+
 def test_actions_are_stretched_to_the_environments_box():
     space = gym.spaces.Box(torch.tensor([-0.1, 0.0]).numpy(), torch.tensor([0.1, 4.0]).numpy())
     actor = pearl.Actor(4, space, 8, 2)
@@ -627,6 +634,30 @@ def test_the_target_follows_and_does_not_lead():
         close(p - q, torch.full_like(p, 0.75), 1e-5)
 
 
+def check_meta_batches(module):
+    """Each has different tasks, every task comes, and a row's context and transitions are of one task."""
+    replay, _ = coded_replay(module, episodes=15)
+    args, seen = context_args(module, context_next_obs=False), []
+
+    def step_fn(agent, optimizer, batch, context, weight, args):
+        tasks = batch["obs"][:, 0, 0]
+        assert batch["obs"].shape == (N, M, 3) and (batch["obs"][..., 0] == tasks[:, None]).all()
+        assert (context[..., 0] == tasks[:, None])[weight > 0].all()
+        seen.append(tasks.tolist())
+        return {"debug/count": torch.tensor(float(len(seen)))}
+
+    assert module.update(None, None, step_fn, replay, 40, args) == {"debug/count": 20.5}  # the mean
+    assert all(len(set(tasks)) == N for tasks in seen) and set(sum(seen, [])) == {0, 1, 2, 3}
+
+
+def test_a_meta_batch_has_different_tasks_each_with_its_own_context_and_transitions():
+    check_meta_batches(pearl)
+
+
+def test_a_meta_batch_goes_red_when_some_tasks_never_come():
+    red(check_meta_batches, "[: args.num_tasks]", "[: args.num_tasks].clamp(max=1)")
+
+
 # ---- adaptation and evaluation
 
 
@@ -685,6 +716,29 @@ def test_evaluation_is_on_frozen_held_out_tasks():
 
 def test_evaluation_goes_red_on_training_tasks():  # T11
     red(check_evaluation_is_on_frozen_held_out_tasks, 'split="test"', 'split="train"')
+
+
+def check_evaluation_has_random_numbers_of_its_own(module):
+    env, args = common.make("PointRobot-v0", 5, seed=0), small_args(module)
+    agent, reports = make_agent(module, args), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        reports.append(module.evaluate(agent, env, 5, module.sample_action, args))
+        after = torch.rand(3)
+        torch.manual_seed(seed)
+        assert torch.equal(after, torch.rand(3))  # and leaves those of training alone
+    assert reports[0] == reports[1]
+    episodes, _ = module.adapt(agent, module.sample_action, env, 2, 1, args, seed=3)
+    assert not torch.equal(episodes[0]["obs"][:, 0], episodes[1]["obs"][:, 0])  # each starts elsewhere
+
+
+def test_evaluation_has_random_numbers_of_its_own():
+    check_evaluation_has_random_numbers_of_its_own(pearl)
+
+
+def test_evaluation_goes_red_with_trainings_random_numbers_or_one_start_for_all():
+    red(check_evaluation_has_random_numbers_of_its_own, "torch.manual_seed(EVAL_SEED)", "pass")
+    red(check_evaluation_has_random_numbers_of_its_own, "else seed + number", "else seed")
 
 
 def test_evaluation_acts_by_the_mean_unless_told_otherwise():
