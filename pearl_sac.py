@@ -203,9 +203,9 @@ class Actor(nn.Module):
 class TwinCritic(nn.Module):
     """Q1 and Q2 side by side: every layer is one batched matrix product."""
 
-    def __init__(self, input_dim, hidden_size, hidden_layers):
+    def __init__(self, input_dim, hidden_size, hidden_layers, output_dim=1):
         super().__init__()
-        sizes = [input_dim] + [hidden_size] * hidden_layers + [1]
+        sizes = [input_dim] + [hidden_size] * hidden_layers + [output_dim]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
             bound = fan_in**-0.5  # as in nn.Linear; T2: each of the two draws its own
@@ -213,14 +213,14 @@ class TwinCritic(nn.Module):
             self.biases.append(nn.init.uniform_(torch.empty(2, 1, fan_out), -bound, bound))
 
     def forward(self, x, action):
-        """x: [..., input - act], action: [..., act] -> both values, [2, ...]."""
+        """x: [..., input - act], action: [..., act] -> both values, [2, ...]; [2, ..., output] if over 1."""
         shape = action.shape[:-1]
         y = torch.cat([x, action], -1).flatten(0, -2).expand(2, -1, -1)
         last = len(self.weights) - 1
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             y = torch.baddbmm(bias, y, weight)
             y = y.relu() if layer < last else y
-        return y.view(2, *shape)
+        return y.view(2, *shape, -1).squeeze(-1)
 
 
 class Temperature(nn.Module):

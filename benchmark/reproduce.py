@@ -62,6 +62,30 @@ PEARL_SPARSE = (
 )
 PEARL_LONG = "--total-timesteps 2400000"
 
+HER_MAZE = "--env-id PointMaze-v0 --context goal --train-tasks 64 --gamma 0.98 --total-timesteps 400000 --eval-every 5"
+HER_REACHER = (
+    "--env-id ReacherGoal-v0 --context goal --train-tasks 64 --num-tasks 32 --batch-size 10"
+    " --updates-per-step 0.1 --gamma 0.95 --total-timesteps 300000 --eval-every 10 --save-every 10"
+)
+SWING_UP = (
+    "--env-id {}-v0 --context onehot --train-tasks {} --num-tasks {} --batch-size 64 --updates-per-step {}"
+    " --gamma 0.98 --reward-scale {} --replay-episodes 1000 --total-timesteps {} --eval-every 10 --save-every 10"
+)
+ALONE = (1, 1, 0.6)
+TOLD_SPARSE = "--env-id SparsePointGoal-v0 --total-timesteps 120000"
+MT = (
+    "--env-id {0} --context onehot --train-tasks {1} --num-tasks {1} --hidden-size {2} --lr 3e-4 --gamma 0.99"
+    " --tau 0.005 --eval-every 20 --save-every 20"
+)
+MT3 = (
+    f"{MT.format('MT3', 3, 256)} --batch-size 64 --reward-scale 0.1 --updates-per-step 0.333"
+    " --replay-episodes 1000 --eval-tasks 30 --total-timesteps 1000000"
+)
+MT10 = (
+    f"{MT.format('MT10', 10, 400)} --heads --hidden-layers 3 --batch-size 128 --updates-per-step 0.1"
+    " --replay-episodes 200 --total-timesteps 20000000"
+)
+
 # name: (script, flags, seeds, minutes a run on one core, reference)
 ENTRIES = {
     "rl2_bandit5_n10": ("rl2_ppo.py", "", (1, 2, 3), 3, "Bayes-optimal 6.660, paper 6.7"),
@@ -124,6 +148,43 @@ ENTRIES = {
         "VariBAD -25, PEARL -40 to -50",
     ),
     "pearl_cheetah_dir": ("pearl_sac.py", PEARL_CHEETAH.format("Dir", 900_000, 40), (1,), 30, "VariBAD 1900"),
+    "mtl_pointgoal": ("mtl_contextual.py", "", (1, 2, 3), 2, "optimum -.488"),
+    "mtl_pointgoal_none": ("mtl_contextual.py", "--context none", (1, 2, 3), 2, "the lower bound"),
+    "mtl_sparse": ("mtl_contextual.py", TOLD_SPARSE, (1, 2, 3), 1, "optimum 13.39"),
+    "mtl_pointmaze": ("mtl_contextual.py", f"{HER_MAZE} --her future", (1, 2, 3), 3, "success .9"),
+    "mtl_pointmaze_no_her": ("mtl_contextual.py", HER_MAZE, (1, 2, 3), 3, "far below"),
+    "mtl_reacher": ("mtl_contextual.py", f"{HER_REACHER} --her future", (1, 2, 3), 4, "success .9"),
+    "mtl_reacher_no_her": ("mtl_contextual.py", HER_REACHER, (1, 2, 3), 4, "far below"),
+    "mtl_classic": (
+        "mtl_contextual.py",
+        SWING_UP.format("ClassicControl", 3, 3, 0.2, "1 0.1 1", 250_000),
+        (1, 2, 3),
+        3,
+        "each body alone",
+    ),
+    "mtl_cartpole": (
+        "mtl_contextual.py",
+        SWING_UP.format("CartPoleSwingUp", *ALONE, 1, 83_000),
+        (1, 2, 3),
+        2,
+        "alone",
+    ),
+    "mtl_pendulum": (
+        "mtl_contextual.py",
+        SWING_UP.format("PendulumSwingUp", *ALONE, 0.1, 83_000),
+        (1, 2, 3),
+        2,
+        "alone",
+    ),
+    "mtl_acrobot": (
+        "mtl_contextual.py",
+        SWING_UP.format("AcrobotSwingUp", *ALONE, 1, 83_000),
+        (1, 2, 3),
+        2,
+        "alone",
+    ),
+    "mtl_mt3": ("mtl_contextual.py", MT3, (1,), 90, "scripted policies 1.0"),
+    "mtl_mt10": ("mtl_contextual.py", MT10, (1,), 2000, "multi-task SAC about .75 at 20 M steps"),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }
 

@@ -1,6 +1,7 @@
 """Task distributions as Gymnasium vector environments. Importing registers their ids; make builds one."""
 
 import importlib
+import re
 
 import gymnasium as gym
 
@@ -19,6 +20,12 @@ for _id, _entry, _kwargs in [
     ("PointGoal-v0", "common.points:PointGoal", {}),
     ("PointRobot-v0", "common.points:PointRobot", {}),
     ("SparsePointGoal-v0", "common.points:SparsePointGoal", {}),
+    ("PointMaze-v0", "common.pointmaze:PointMaze", {}),
+    ("ClassicControl-v0", "common.classic:ClassicControl", {}),
+    ("CartPoleSwingUp-v0", "common.classic:ClassicControl", {"bodies": ("cartpole",)}),
+    ("PendulumSwingUp-v0", "common.classic:ClassicControl", {"bodies": ("pendulum",)}),
+    ("AcrobotSwingUp-v0", "common.classic:ClassicControl", {"bodies": ("acrobot",)}),
+    ("ReacherGoal-v0", "common.reacher:ReacherGoal", {}),
     ("HalfCheetahDir-v0", "common.locomotion:HalfCheetahDir", {}),
     ("HalfCheetahVel-v0", "common.locomotion:HalfCheetahVel", {}),
     ("AntDir-v0", "common.locomotion:AntDir", {}),
@@ -27,6 +34,11 @@ for _id, _entry, _kwargs in [
     ("HumanoidDir-v0", "common.locomotion:HumanoidDir", {}),
     ("Walker2dRandParams-v0", "common.locomotion:Walker2dRandParams", {}),
     ("HopperRandParams-v0", "common.locomotion:HopperRandParams", {}),
+    ("MT3", "common.metaworld:make", {"benchmark": "MT3"}),
+    ("MT10", "common.metaworld:make", {"benchmark": "MT10"}),
+    ("MT50", "common.metaworld:make", {"benchmark": "MT50"}),
+    ("ML10", "common.metaworld:make", {"benchmark": "ML10"}),
+    ("ML45", "common.metaworld:make", {"benchmark": "ML45"}),
 ]:
     gym.register(_id, vector_entry_point=_entry, kwargs=_kwargs)
 
@@ -56,6 +68,8 @@ def make(env_id, num_envs, device="cpu", seed=None, **kwargs):
             raise ValueError(
                 f"cannot import the module of {env_id!r}: {error}; is its folder on PYTHONPATH?"
             ) from error
+    if re.fullmatch(r"M[TL]1-[\w-]+", name) and name not in gym.registry:  # of Meta-World's fifty, by name
+        gym.register(name, vector_entry_point="common.metaworld:make", kwargs={"benchmark": name})
     if name not in ids():
         raise ValueError(f"unknown task distribution {env_id!r}; known are {', '.join(ids())}")
     mode = gym.VectorizeMode.VECTOR_ENTRY_POINT

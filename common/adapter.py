@@ -38,13 +38,16 @@ class AdaptedTasks(TaskVectorEnv):
     get_state(vector_env) and set_state(vector_env, state): plain tensors and numbers; only with both is a
     resumed run exact.
     num_test_tasks: size of the held-out set; evaluating on all of it takes that many inner environments.
+    test_tasks: [num_test_tasks, task_dim], the held-out set itself, where it is not drawn like the others.
+    success: the name under which the inner environment's info says whether the goal is reached.
     """
 
     terminates = True
 
     def __init__(
         self, num_envs, env, set_tasks_fn, low, high, vectorization_mode="sync", horizon=None, sample=None,
-        get_state=None, set_state=None, references=None, num_test_tasks=64, device="cpu", seed=None,
+        get_state=None, set_state=None, references=None, num_test_tasks=64, test_tasks=None,
+        success=None, device="cpu", seed=None,
     ):  # fmt: skip
         if isinstance(env, str):
             if vectorization_mode not in ("sync", "async"):
@@ -67,6 +70,7 @@ class AdaptedTasks(TaskVectorEnv):
         self.references, self.num_test_tasks = references or {}, num_test_tasks
         self._set_tasks_fn, self._sample = set_tasks_fn, sample
         self._get_state, self._set_state = get_state, set_state
+        self._held_out, self._success, self.has_success = test_tasks, success, success is not None
 
     def _look_at(self, inner, num_envs, horizon):
         """Observation space, action space and horizon as base.py wants them. Refuses what cannot work."""
@@ -100,6 +104,11 @@ class AdaptedTasks(TaskVectorEnv):
         low, high = bounds
         return low + (high - low) * torch.rand(n, len(low), generator=generator, device=generator.device)
 
+    def _draw_test_tasks(self, generator):
+        if self._held_out is None:
+            return super()._draw_test_tasks(generator)
+        return torch.as_tensor(self._held_out, dtype=torch.float32)
+
     def _prepare(self):
         self._set_tasks_fn(self.inner, self._task.cpu().numpy().copy())
 
@@ -121,7 +130,13 @@ class AdaptedTasks(TaskVectorEnv):
         if ended.any():
             final_obs[ended] = np.stack(list(info["final_obs"][ended]))
         flags = (self._to_torch(flag, torch.bool) for flag in (terminated, truncated & ~terminated))
-        return self._to_torch(obs), self._to_torch(reward), *flags, {"final_obs": self._to_torch(final_obs)}
+        seen = {"final_obs": self._to_torch(final_obs)}
+        if self.has_success:  # where an episode ended, the last step's info is under final_info
+            success = np.array(info.get(self._success, np.zeros(self.num_envs)), bool)
+            if ended.any():
+                success[ended] = info["final_info"][self._success][ended]
+            seen["success"] = self._to_torch(success, torch.bool)
+        return self._to_torch(obs), self._to_torch(reward), *flags, seen
 
     def close_extras(self, **kwargs):
         self.inner.close()

@@ -47,6 +47,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     num_test_tasks = 1000  # size of the frozen held-out set
     terminates = False  # False: every episode lasts `horizon` steps, so all end together and need no masks
     has_success = False  # True: info["success"] [B] bool says at which steps the goal is reached
+    named_tasks = {}  # name -> task row [task_dim], where some rows have names
+    goal_space = None  # where a task is a goal to reach: the space of goals, which is the task space
 
     def __init__(self, num_envs, obs_space, action_space, task_space, horizon, device="cpu", seed=None):
         if num_envs < 1 or horizon < 1:
@@ -124,6 +126,20 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self._state = state
         info["final_obs"] = final_obs
         return self._observe(state) if some_ended else final_obs.clone(), reward, terminated, truncated, info
+
+    # ---- goals: only where goal_space is not None, and there the reward depends on nothing else
+
+    def achieved_goal(self, obs):
+        """[..., obs] -> [..., goal], the goal that is reached where obs was observed."""
+        raise NotImplementedError(f"{type(self).__name__} has no goals")
+
+    def compute_reward(self, achieved, goal):
+        """The reward of a step that leads to `achieved`, both [..., goal] -> [...]. Pure."""
+        raise NotImplementedError(f"{type(self).__name__} has no goals")
+
+    def compute_terminated(self, achieved, goal):
+        """Does a step that leads to `achieved` end the episode? Both [..., goal] -> [...] bool. Pure."""
+        raise NotImplementedError(f"{type(self).__name__} has no goals")
 
     # ---- exact resume
 

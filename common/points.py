@@ -19,10 +19,30 @@ import torch
 from common.base import TaskVectorEnv, box
 
 
-class PointGoal(TaskVectorEnv):
+class Point(TaskVectorEnv):
+    """What the three have in common: a task row is the goal, and so is the place where the point is."""
+
+    def __init__(self, num_envs, obs_space, action_space, goals, horizon, device, seed):
+        super().__init__(num_envs, obs_space, action_space, goals, horizon, device, seed)
+        self.goal_space = self.task_space
+
+    def _observe(self, state):
+        return state.clone()
+
+    def achieved_goal(self, obs):
+        return obs
+
+    def compute_reward(self, achieved, goal):
+        return torch.hypot(*(achieved - goal).unbind(-1)).neg_()
+
+    def compute_terminated(self, achieved, goal):
+        return torch.zeros(achieved.shape[:-1], dtype=torch.bool, device=achieved.device)
+
+
+class PointGoal(Point):
     """MAML's 2D navigation. task_dim 2, obs [B, 2], actions Box(-.1, .1, (2,)), horizon 100."""
 
-    terminates = True
+    terminates, has_success = True, True
 
     def __init__(self, num_envs, horizon=100, device="cpu", seed=None):
         # a point cannot leave this square; one step more than it can go, for rounding
@@ -39,17 +59,18 @@ class PointGoal(TaskVectorEnv):
     def _start(self):
         return torch.zeros(self.num_envs, 2, device=self.device)
 
-    def _observe(self, state):
-        return state.clone()
-
     def _transition(self, state, action):
         state = state + action.clamp(-0.1, 0.1)
         # by columns: on a CPU a reduction over two numbers costs four times as much
         dx, dy = (state - self._task).abs_().unbind(1)
-        return state, torch.hypot(dx, dy).neg_(), torch.maximum(dx, dy) < self._near, {}
+        near = torch.maximum(dx, dy) < self._near
+        return state, torch.hypot(dx, dy).neg_(), near, {"success": near}
+
+    def compute_terminated(self, achieved, goal):
+        return torch.maximum(*(achieved - goal).abs_().unbind(-1)) < self._near
 
 
-class PointRobot(TaskVectorEnv):
+class PointRobot(Point):
     """PEARL's dense one. task_dim 2, obs [B, 2], actions in [-1, 1]^2 (a step moves .1 of it), horizon 20."""
 
     def __init__(self, num_envs, horizon=20, device="cpu", seed=None):
@@ -64,9 +85,6 @@ class PointRobot(TaskVectorEnv):
 
     def _start(self):
         return 2 * torch.rand(self.num_envs, 2, generator=self._generator, device=self.device) - 1
-
-    def _observe(self, state):
-        return state.clone()
 
     def _transition(self, state, action):
         state = torch.add(state, action.clamp(-1, 1), alpha=0.1)
@@ -97,9 +115,15 @@ class SparsePointGoal(PointRobot):
 
     def _transition(self, state, action):
         state, dense_reward, _, _ = super()._transition(state, action)
-        near = dense_reward >= self._edge
-        reward = torch.where(near, 1 + dense_reward, self._nothing)
+        reward, near = self._sparse(dense_reward)
         return state, reward, None, {"dense_reward": dense_reward, "success": near}
+
+    def compute_reward(self, achieved, goal):
+        return self._sparse(super().compute_reward(achieved, goal))[0]
+
+    def _sparse(self, dense_reward):
+        near = dense_reward >= self._edge
+        return torch.where(near, 1 + dense_reward, self._nothing), near
 
 
 # python -m benchmark.baselines points: 1,000 held-out goals, 10 starts each, one episode.
