@@ -1,4 +1,4 @@
-r"""Contextual policies: one soft actor-critic for many tasks, told which task it is in or which goal is meant.
+r"""Contextual policies: one soft actor-critic for many tasks, told which one, or which goal is meant.
 (multi-task SAC: Yu et al. 2019, arXiv:1910.10897; hindsight: Andrychowicz et al. 2017, arXiv:1707.01495)
 
 THE IDEA
@@ -21,11 +21,11 @@ ALGORITHM
         for a number of gradient steps:
             draw N tasks, and as many transitions (s, a, r, s') of each
             her: to k of k + 1 of them give a goal g' that was achieved at one of the steps t+1..T of the
-                same episode; r = r(s', g'), terminated likewise, w = g'                     [HER Alg 1, Sec 4.5]
+                same episode; r = r(s', g'), terminated likewise, w = g'                  [HER Alg 1, Sec 4.5]
             y = r + gamma (1 - terminated) (min_i Q_target_i(s', a', w) - alpha_task log pi(a' | s', w))
-            critics: descend sum_i (Q_i(s, a, w) - y)^2                                              [SAC Eq 5]
-            actor: descend alpha_task log pi(a~ | s, w) - min_i Q_i(s, a~, w)                        [SAC Eq 7]
-            alpha_task: descend -alpha_task (log pi(a~ | s, w) + target entropy)                    [SAC Eq 18]
+            critics: descend sum_i (Q_i(s, a, w) - y)^2                                           [SAC Eq 5]
+            actor: descend alpha_task log pi(a~ | s, w) - min_i Q_i(s, a~, w)                     [SAC Eq 7]
+            alpha_task: descend -alpha_task (log pi(a~ | s, w) + target entropy)                 [SAC Eq 18]
             where a' ~ pi(. | s', w) and a~ ~ pi(. | s, w)
     on a new task: play, told its w, with the policy's mean for an action. Nothing is trained.
     A dense reward that the environment tells (SparsePointGoal does) is the r of y, unless hindsight is on.
@@ -67,7 +67,8 @@ RUN
         --total-timesteps 250000 --eval-every 10 --save-every 10
     python mtl_contextual.py --env-id MT10 --context onehot --heads --train-tasks 10 --num-tasks 10 \
         --batch-size 128 --hidden-size 400 --hidden-layers 3 --lr 3e-4 --gamma 0.99 --tau 0.005 \
-        --updates-per-step 0.1 --replay-episodes 200 --total-timesteps 20000000 --eval-every 20 --save-every 20
+        --updates-per-step 0.1 --replay-episodes 200 --total-timesteps 20000000 --eval-every 20 \
+        --save-every 20     # Meta-World: see common/metaworld.py; a beginning of it was run by us
 
 RESULT
 """
@@ -233,7 +234,7 @@ class CriticHeads(nn.Module):
 
 
 def make_contextual_agent(obs_dim, tasks, action_space, args):
-    """All networks: actor, critic, target (of the critic) and temperature, one for each of the training tasks.
+    """All networks: actor, critic, target (of the critic) and temperature, one for each training task.
 
     tasks: [K, task_dim], kept as a buffer: a number among them means nothing without them.
     """
@@ -366,7 +367,7 @@ def relabel(batch, goal, env):
 def hindsight(replay, tasks, batch, episode, step, env, args):
     """Give k of k + 1 transitions a goal that their own episode has reached later. [HER Alg 1]
 
-    tasks: [N]; batch: a dict of [N, M, ...], the transitions at episode, step, each [N, M]. Returns the batch.
+    tasks: [N]; batch: a dict of [N, M, ...], the transitions at episode, step, each [N, M]. Returns a batch.
     """
     count = round(args.batch_size * args.her_k / (args.her_k + 1))  # the first so many; their order is random
     rows, episode, step = tasks[:, None], episode[:, :count], step[:, :count]
@@ -430,8 +431,8 @@ def follow(target, online, tau):
 def sac_step(agent, optimizer, batch, tasks, args):
     """One step of critics, actor and temperatures on a batch, in place.
 
-    batch: transitions, a dict of [N, M, ...], and what the policy is told, context [N, M, context]; tasks: [N],
-    whose temperatures to use. Returns metrics.
+    batch: transitions, a dict of [N, M, ...], and what the policy is told, context [N, M, context]; tasks:
+    [N], whose temperatures to use. Returns metrics.
     """
     x, next_x = (torch.cat([batch[name], batch["context"]], -1) for name in ("obs", "next_obs"))
     alpha = agent.temperature().detach()[tasks][:, None]  # [N, 1]. T8
@@ -479,7 +480,7 @@ def draw_batch(replay, tasks, contexts, scales, env, args):
 
 
 def update(agent, optimizer, step_fn, replay, contexts, scales, env, count, args):
-    """count gradient steps, each on a batch of its own (see draw_batch). Returns the mean of their metrics."""
+    """count gradient steps, each on a batch of its own. Returns the mean of their metrics."""
     sums = {}
     for _ in range(count):
         tasks = torch.randperm(args.train_tasks, device=replay.length.device)[: args.num_tasks]
@@ -493,10 +494,11 @@ def update(agent, optimizer, step_fn, replay, contexts, scales, env, count, args
 
 
 def adapt(tasks, known, kind):
-    """What the policy is told about each task: nothing is learned or inferred here. tasks: [B, task_dim].
+    """What the policy is told about each task: nothing is learned or inferred here.
 
-    known: [K, task_dim], the training tasks. Returns [B, context]: for "task" and "goal" the row itself, for
-    "onehot" which of the training tasks it is, for "none" nothing. Raises ValueError for a task without index.
+    tasks: [B, task_dim]; known: [K, task_dim], the training tasks. Returns [B, context]: for "task" and
+    "goal" the row itself, for "onehot" which of the training tasks it is, for "none" nothing. Raises
+    ValueError for a task that has no number.
     """
     if kind == "none":
         return tasks[:, :0]
@@ -766,7 +768,7 @@ def check_contextual(args):
     positive += " hidden_layers eval_episodes updates_per_step lr alpha"
     for name in positive.split():
         require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
-    require(0 <= args.eval_tasks, "eval_tasks", args.eval_tasks, "zero or a positive number")
+    require(args.eval_tasks >= 0, "eval_tasks", args.eval_tasks, "zero or a positive number")
     require(0 <= args.gamma < 1, "gamma", args.gamma, "at least 0 and below 1")
     require(0 < args.tau <= 1, "tau", args.tau, "more than 0, at most 1")
     for name, allowed in (("context", "task onehot goal none"), ("her", "none final future")):
