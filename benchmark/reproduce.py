@@ -68,7 +68,7 @@ HER_MAZE = (
 )
 HER_REACHER = (
     "--env-id ReacherGoal-v0 --context goal --train-tasks 64 --num-tasks 32 --batch-size 10"
-    " --updates-per-step 0.1 --gamma 0.95 --total-timesteps 300000 --eval-every 10 --save-every 10"
+    " --updates-per-step 0.1 --gamma 0.95 --total-timesteps 150000 --eval-every 10 --save-every 10"
 )
 SWING_UP = (
     "--env-id {}-v0 --context onehot --train-tasks {} --num-tasks {} --batch-size 64 --updates-per-step {}"
@@ -77,6 +77,11 @@ SWING_UP = (
 )
 ALONE = (1, 1, 0.6)
 TOLD_SPARSE = "--env-id SparsePointGoal-v0 --total-timesteps 120000"
+TOLD_CHEETAH = (
+    "--env-id HalfCheetah{}-v0 --train-tasks {} --num-tasks {} --batch-size {} --hidden-size 256 --gamma 0.99"
+    " --tau 0.005 --updates-per-step 0.1 --replay-episodes {} --total-timesteps {} --eval-tasks {}"
+    " --eval-every 4 --save-every 10"
+)
 MT = (
     "--env-id {0} --context onehot --train-tasks {1} --num-tasks {1} --hidden-size {2} --lr 3e-4 --gamma 0.99"
     " --tau 0.005 --eval-every 20 --save-every 20"
@@ -186,6 +191,13 @@ ENTRIES = {
         (1, 2, 3),
         2,
         "alone",
+    ),
+    "mtl_cheetah_vel": (
+        "mtl_contextual.py",
+        TOLD_CHEETAH.format("Vel", 50, 32, 8, 200, 600_000, 100),
+        (1,),
+        15,
+        "PEARL -36, VariBAD -25",
     ),
     "mtl_mt3": ("mtl_contextual.py", MT3, (1,), 90, "scripted policies 1.0"),
     "mtl_mt10": ("mtl_contextual.py", MT10, (1,), 2000, "multi-task SAC about .75 at 20 M steps"),

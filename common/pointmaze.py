@@ -27,6 +27,7 @@ WALLS = """
 """.split()
 SIZE = len(WALLS)
 RADIUS = 0.25  # of the goal
+GAP = 0.001  # to a wall that was run into, so that rounding never puts a point inside it
 STRIDE = 0.25  # the longest move along an axis: shorter than a wall is thick
 
 
@@ -53,25 +54,24 @@ class PointMaze(TaskVectorEnv):
     def _start(self):
         corner = torch.tensor([1.0, SIZE - 2.0], device=self.device)
         inside = torch.rand(self.num_envs, 2, generator=self._generator, device=self.device)
-        return corner + inside - SIZE / 2
+        return corner + inside
 
     def _observe(self, state):
-        return state.clone()
+        return state - SIZE / 2  # the state counts from the corner
 
     def _transition(self, state, action):
-        place = state + SIZE / 2
+        place = state
         for axis in range(2):  # first along x, then along y: so it slides
             before = place[:, axis]
             cell = place.long()
             after = before + STRIDE * action[:, axis].clamp(-1, 1)
             cell[:, axis] = after.long()
             low = before.floor()
-            stopped = after.clamp(low, (low + 1).nextafter(low))  # the last number inside the cell
+            stopped = after.clamp(low + GAP, low + 1 - GAP)
             moved = torch.where(self._free[cell[:, 0], cell[:, 1]], after, stopped)
             place = torch.stack([moved, place[:, 1]] if axis == 0 else [place[:, 0], moved], 1)
-        state = place - SIZE / 2
-        near = self.compute_terminated(state, self._task)
-        return state, near.float() - 1, near, {"success": near}
+        near = self.compute_terminated(place - SIZE / 2, self._task)
+        return place, near.float() - 1, near, {"success": near.clone()}
 
     def achieved_goal(self, obs):
         return obs

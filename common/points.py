@@ -64,7 +64,7 @@ class PointGoal(Point):
         # by columns: on a CPU a reduction over two numbers costs four times as much
         dx, dy = (state - self._task).abs_().unbind(1)
         near = torch.maximum(dx, dy) < self._near
-        return state, torch.hypot(dx, dy).neg_(), near, {"success": near}
+        return state, torch.hypot(dx, dy).neg_(), near, {"success": near.clone()}
 
     def compute_terminated(self, achieved, goal):
         return torch.maximum(*(achieved - goal).abs_().unbind(-1)) < self._near
