@@ -62,10 +62,7 @@ PEARL_SPARSE = (
 )
 PEARL_LONG = "--total-timesteps 2400000"
 
-HER_MAZE = (
-    "--env-id PointMaze-v0 --context goal --train-tasks 64 --gamma 0.98 --total-timesteps 400000"
-    " --eval-every 5"
-)
+HER_MAZE = "--env-id PointMaze-v0 --context goal --gamma 0.98 --total-timesteps 400000 --eval-every 5"
 HER_REACHER = (
     "--env-id ReacherGoal-v0 --context goal --train-tasks 64 --num-tasks 32 --batch-size 10"
     " --updates-per-step 0.1 --gamma 0.95 --total-timesteps 150000 --eval-every 10 --save-every 10"

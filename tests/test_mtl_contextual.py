@@ -756,10 +756,8 @@ def test_told_the_goal_it_goes_there_and_told_nothing_it_does_not(tmp_path, full
 
 @pytest.mark.slow
 def test_hindsight_learns_where_nothing_else_does(tmp_path, full):
-    """A maze with 64 training goals. Short: it solves far more of them with hindsight than without."""
-    flags = (
-        "--env-id PointMaze-v0 --context goal --train-tasks 64 --gamma 0.98 --eval-every 1000 --device cpu"
-    )
+    """In the maze. Short: it reaches far more goals with hindsight than without."""
+    flags = "--env-id PointMaze-v0 --context goal --gamma 0.98 --eval-every 1000 --device cpu"
     flags += f" --total-timesteps {400000 if full else 120000} --eval-tasks 300 --save-every 1000"
     solved = {}
     for her in ("future", "none"):
