@@ -73,7 +73,8 @@ RUN
         --updates-per-step 0.1 --replay-episodes 200 --total-timesteps 20000000 --eval-every 20 \
         --save-every 20     # Meta-World: see common/metaworld.py; a beginning of it was run by us
 
-RESULT
+RESULT (held-out tasks, zero-shot; +- a standard error over tasks)
+    to be filled in
 """
 
 import contextlib
@@ -126,8 +127,8 @@ class Args:
     heads: bool = False  # one output layer a task on a shared trunk, with --context onehot
     her: str = "none"  # hindsight: none, or goals from the episode's final step, or from any future one
     her_k: int = 4  # hindsight: this many of that many and one transitions get another goal
-    hidden_size: int = 128  # width of the hidden layers of all networks
-    hidden_layers: int = 2  # how many there are in each network
+    hidden_size: int = 128  # width of the hidden layers of all networks [D5]
+    hidden_layers: int = 2  # how many there are in each network [D5]
     lr: float = 1e-3  # Adam's step size, of all networks
     gamma: float = 0.9  # discount per step, below 1
     tau: float = 0.01  # share of the critics that moves into the target critics at each gradient step
@@ -206,7 +207,7 @@ class Temperature(nn.Module):
 
 
 class Normalizer(nn.Module):
-    """Inputs to mean 0 and deviation 1, by the statistics of all that was played. [HER App A]"""
+    """Inputs to mean 0 and deviation 1, by the statistics of all that was played. [HER App A] [D4]"""
 
     def __init__(self, dim):
         super().__init__()
@@ -385,6 +386,17 @@ class ReplayBuffer:
             ring[:, : self.count] = state[name]
 
 
+def collect(agent, act_fn, env, contexts, replay, args):
+    """Play the same number of episodes on every training task [D1]. Returns the number of steps."""
+    steps = 0
+    for _ in range(args.episodes_per_task):
+        episode = rollout(agent, act_fn, env, contexts)
+        replay.add(episode)
+        agent.normalizer.see(inputs_of(episode, contexts))
+        steps += int(episode["valid"].sum(dtype=torch.int64))
+    return steps
+
+
 def hindsight_index(step, length, strategy):
     """Which observation's goal to pretend. step, length (of the episode): [N, M] -> [N, M].
 
@@ -407,7 +419,7 @@ def relabel(batch, goal, env):
 
 
 def hindsight(replay, tasks, batch, episode, step, env, args):
-    """Give k of k + 1 transitions a goal that their own episode has reached later. [HER Alg 1]
+    """Give k of k + 1 transitions a goal that their own episode has reached later. [HER Alg 1] [D2]
 
     tasks: [N]; batch: a dict of [N, M, ...], the transitions at episode, step, each [N, M]. Returns a batch.
     """
@@ -478,7 +490,7 @@ def sac_step(agent, optimizer, batch, tasks, args):
     """
     told = batch["context"]
     x, next_x = (agent.normalizer(torch.cat([batch[name], told], -1)) for name in ("obs", "next_obs"))
-    alpha = agent.temperature().detach()[tasks][:, None]  # [N, 1]. T8
+    alpha = agent.temperature().detach()[tasks][:, None]  # [N, 1]. T8, D3
 
     terminated = batch["terminated"]
     target = critic_target(agent.actor, agent.target, next_x, batch["reward"], terminated, alpha, args.gamma)
@@ -824,6 +836,16 @@ def check_contextual(args):
     require(args.context == "goal" or args.her == "none", "her", args.her, "--context goal beside it")
 
 
+def check_told(env, agent, test_tasks, args):
+    """Check that what --context promises can be told of these tasks."""
+    wanted = f"a task distribution with goals, and {args.env_id} has none"
+    require(args.context != "goal" or env.goal_space is not None, "context", "goal", wanted)
+    try:
+        adapt(test_tasks, agent.tasks, args.context)
+    except ValueError as error:
+        fail(f"--context {args.context}: {error}; --context task tells what they are")
+
+
 def task_scales(env, tasks, args):
     """reward_scale for each of the tasks [K, task_dim] -> [K]."""
     if len(args.reward_scale) == 1:
@@ -858,9 +880,6 @@ def main(argv=None):
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
     continuous = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
     require(continuous, "env_id", args.env_id, "a task distribution with continuous actions between bounds")
-    if args.context == "goal":
-        wanted = f"a task distribution with goals, and {args.env_id} has none"
-        require(env.goal_space is not None, "context", "goal", wanted)
 
     tasks, test_tasks = env.sample_tasks(args.train_tasks), eval_env.sample_tasks(num_tasks, split="test")
     agent = make_contextual_agent(obs_dim, tasks, action_space, args).to(device)
@@ -868,10 +887,7 @@ def main(argv=None):
     step_fn = torch.compile(sac_step) if args.compile else sac_step
     if args.evaluate:
         restore(checkpoint, {"agent": agent})
-    try:
-        adapt(test_tasks, agent.tasks, args.context)
-    except ValueError as error:
-        fail(f"--context {args.context}: {error}; --context task tells what they are")
+    check_told(env, agent, test_tasks, args)
     if args.evaluate:
         report = evaluate(agent, eval_env, test_tasks, act_fn, args)
         print_report(eval_env, report, num_tasks, "episode")
@@ -897,13 +913,7 @@ def main(argv=None):
         while global_step < total:
             start = clock(device)
 
-            # Collect: the same number of episodes on every training task.
-            steps = 0
-            for _ in range(args.episodes_per_task):
-                episode = rollout(agent, act_fn, env, contexts)
-                replay.add(episode)
-                agent.normalizer.see(inputs_of(episode, contexts))
-                steps += int(episode["valid"].sum(dtype=torch.int64))
+            steps = collect(agent, act_fn, env, contexts, replay, args)
             collected = clock(device)
             count = max(1, round(steps * args.updates_per_step))
             metrics = update(agent, optimizer, step_fn, replay, contexts, scales, env, count, args)

@@ -233,9 +233,9 @@ def test_the_experiment_block_is_the_same_in_every_script():
 def test_every_field_of_args_has_a_default_and_a_comment(file):
     lines = definitions(SOURCES[file])["Args"].splitlines()[2:]
     for line in lines:
-        assert not line.strip() or re.fullmatch(r"    \w+: (int|float|str|bool) = \S.*?  # \S.{5,}", line), (
-            line
-        )
+        assert not line.strip() or re.fullmatch(
+            r"    \w+: (int|float|str|bool|tuple\[float, \.\.\.\]) = \S.*?  # \S.{5,}", line
+        ), line
 
 
 # ---- no globals, no other machine

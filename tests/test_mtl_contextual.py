@@ -9,25 +9,30 @@ import numpy as np
 import pytest
 import torch
 from conftest import FuseTask, mutant, script
-from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
+from sac_checks import (
+    BOX,
+    JACOBIAN,
+    NO_JACOBIANS,
+    TWIN_COPIES,
+    M,
+    N,
+    check_log_probability,
+    check_twins_differ,
+    close,
+    coded_replay,
+    one_goals_optimum,
+)
+from torch.distributions import Independent, Normal
 
 import common
-from common.points import PointRobot
 
 mtl = script("mtl_contextual")
-BOX = gym.spaces.Box(-1, 1, (2,), dtype="float32")
-K, N, M = 4, 3, 5
+K = 4  # training tasks
 
 
 def small_args(module, **changes):
     small = {"train_tasks": K, "num_tasks": N, "batch_size": M, "hidden_size": 8, "replay_episodes": 30}
     return dataclasses.replace(module.Args(), **{**small, **changes})
-
-
-def close(a, b, tolerance=1e-9):
-    assert a.shape == b.shape
-    a, b = a.detach(), b.detach()
-    assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())), (a, b)
 
 
 def red(check, old, new, *more):
@@ -89,38 +94,13 @@ def test_what_a_number_means_is_kept_with_the_agent(tmp_path):
 # ---- networks
 
 
-def check_twins_differ(module):
-    torch.manual_seed(0)
-    critic = module.TwinCritic(4, 8, 2)
-    values = critic(torch.randn(N, M, 2), torch.randn(N, M, 2))
-    assert values.shape == (2, N, M) and (values[0] - values[1]).abs().min() > 1e-4
-
-
 def test_twins_go_red_as_copies():  # T2
-    shipped = "nn.init.uniform_(torch.empty(2, fan_in, fan_out), -bound, bound)"
-    copies = "nn.init.uniform_(torch.empty(1, fan_in, fan_out), -bound, bound).repeat(2, 1, 1)"
-    shipped_bias = "nn.init.uniform_(torch.empty(2, 1, fan_out), -bound, bound)"
-    copied_bias = "nn.init.uniform_(torch.empty(1, 1, fan_out), -bound, bound).repeat(2, 1, 1)"
-    red(check_twins_differ, shipped, copies, shipped_bias, copied_bias)
-
-
-def check_log_probability(module):
-    torch.manual_seed(0)
-    actor = module.Actor(4, BOX, 8, 2).double()
-    x = 3 * torch.randn(N, M, 4).double()
-    action, logprob = module.sample_action(actor, x)
-    mean, log_std = actor(x)
-    gaussian = Independent(Normal(mean, log_std.exp()), 1)
-    close(logprob, TransformedDistribution(gaussian, TanhTransform(cache_size=1)).log_prob(action), 1e-6)
-    with torch.no_grad():
-        actor.net[-1].bias[:2] = torch.tensor([15.0, -15.0])  # where tanh is flat
-    assert torch.isfinite(module.sample_action(actor, x)[1]).all()
+    red(check_twins_differ, *TWIN_COPIES)
 
 
 def test_log_probabilities_go_red_without_the_squashing_or_with_a_rounded_jacobian():  # T10
-    jacobian = "jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))"
-    red(check_log_probability, jacobian, "jacobian = torch.zeros_like(u)")
-    red(check_log_probability, jacobian, "jacobian = (1 - u.float().tanh() ** 2).log()")
+    for trap in NO_JACOBIANS:
+        red(check_log_probability, JACOBIAN, trap)
 
 
 def test_normalised_inputs_have_mean_0_and_deviation_1_over_all_that_was_seen():
@@ -258,23 +238,6 @@ def test_what_is_told_is_held_through_an_episode_and_goes_through_the_normalizer
 
 
 # ---- hindsight
-
-
-def coded_replay(module, rows=K, capacity=12, horizon=6, episodes=17, seed=0):
-    """obs = (row, episode, step) of what is stored; episodes of all lengths. Padding is -1."""
-    generator = torch.Generator().manual_seed(seed)
-    replay = module.ReplayBuffer(rows, capacity, horizon, 3, 1, "cpu")
-    lengths = torch.randint(1, horizon + 1, (episodes, rows), generator=generator)
-    for number in range(episodes):
-        steps = torch.arange(horizon + 1)
-        row, step = torch.meshgrid(torch.arange(rows), steps, indexing="ij")
-        obs = torch.stack([row, torch.full_like(row, number), step], -1).float()
-        valid = (step[:, :-1] < lengths[number][:, None]).float()
-        obs[:, 1:][valid == 0] = -1
-        code = obs[:, :-1, 2]
-        episode = {"obs": obs, "action": code[..., None], "reward": 10 * code, "train_reward": 100 * code}
-        replay.add({**episode, "terminated": torch.zeros_like(code), "valid": valid})
-    return replay, lengths
 
 
 class CodedGoals:
@@ -708,21 +671,6 @@ def test_what_cannot_work_is_one_line(tmp_path, flags, complaint):
 # ---- learning
 
 
-class OneGoal(PointRobot):
-    """PointRobot of one goal, which is trained on and tested: what is left is SAC."""
-
-    def _draw_tasks(self, n, generator):
-        return torch.tensor([[0.5, -0.3]]).expand(n, 2).clone()
-
-
-def one_goal(**kwargs):
-    return OneGoal(**kwargs)
-
-
-one_goal.is_task_distribution = True
-gym.register("OneKnownGoal-v0", vector_entry_point=one_goal)
-
-
 def last_row(folder):
     (log,) = folder.glob("*/metrics.jsonl")
     return json.loads(log.read_text().splitlines()[-1])
@@ -730,15 +678,10 @@ def last_row(folder):
 
 @pytest.mark.slow
 def test_with_one_task_and_nothing_told_it_is_sac_and_solves_it(tmp_path):
-    flags = "--env-id OneKnownGoal-v0 --context none --train-tasks 8 --num-tasks 8 --batch-size 32"
+    flags = "--env-id OneGoal-v0 --context none --train-tasks 8 --num-tasks 8 --batch-size 32"
     flags += " --hidden-size 64 --total-timesteps 20000 --updates-per-step 0.1 --eval-every 100 --device cpu"
     mtl.main([*flags.split(), "--run-dir", str(tmp_path)])
-    env = common.make("OneKnownGoal-v0", 1000, seed=0)
-    obs, _ = env.reset(seed=0)
-    best = 0.0
-    for _ in range(20):
-        obs, reward, *_ = env.step(((env._task - obs) * 10).clamp(-1, 1))
-        best += reward.mean().item()
+    best = one_goals_optimum()
     assert last_row(tmp_path)["eval/return_ep0"] > best - 0.7
 
 

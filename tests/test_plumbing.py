@@ -21,6 +21,7 @@ import struct
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ EARLY_ENDS = {"Maze-v0": 14400, "PointRobot-v0": 3840, "HalfCheetahDir-v0": 2400
 RL2 = "--num-envs 16 --epochs 1 --minibatches 2 --episodes-per-trial 3"
 MAML = "--num-tasks 3 --episodes-per-task 4 --eval-episodes 4"
 PEARL = "--train-tasks 4 --num-tasks 2 --batch-size 4 --episodes-per-task 2 --context-episodes 2"
+MTL = "--train-tasks 4 --num-tasks 2 --batch-size 5 --replay-episodes 6"
 JOBS = {
     job.name: job
     for job in (
@@ -57,6 +59,14 @@ JOBS = {
             f"{PEARL} --context-rounds 2 --replay-episodes 6 --updates-per-step 0.02",
             "agent",
             {"PointGoal-v0": 3200, "HalfCheetahDir-v0": 8000},
+        ),
+        Job(
+            "mtl_contextual",
+            "PointRobot-v0",
+            80,
+            f"{MTL} --context goal --her future --eval-episodes 3 --updates-per-step 0.04",
+            "agent",
+            {"PointGoal-v0": 1600, "ReacherGoal-v0": 1000},
         ),
     )
 }
@@ -220,10 +230,9 @@ def test_a_run_writes_a_row_an_iteration_with_the_keys_that_every_script_has(job
         "eval/adapt_steps_ep2",
         "charts/SPS",
     }
-    assert (
-        expected | {"debug/kl", "debug/grad_norm", "debug/entropy", "debug/explained_variance"}
-        <= rows[-1].keys()
-    )
+    expected |= {"debug/grad_norm", "debug/entropy", "debug/explained_variance"}
+    expected |= {"debug/alpha"} if job.name == "mtl_contextual" else {"debug/kl"}  # SAC knows no KL
+    assert expected <= rows[-1].keys()
     assert {key.split("/")[0] for key in rows[-1]} == {
         "global_step",
         "eval",
@@ -272,7 +281,7 @@ def test_resuming_is_exact_where_episodes_end_early_and_where_actions_are_contin
     tmp_path, monkeypatch, name, env_id
 ):
     job = JOBS[name]
-    if env_id == "HalfCheetahDir-v0":
+    if env_id in ("HalfCheetahDir-v0", "ReacherGoal-v0"):
         pytest.importorskip("mujoco")
     flags = ["--env-id", env_id, "--save-every", "1", "--eval-every", "3", "--eval-tasks", "4"]
     iterations = job.long_tasks[env_id] // job.steps  # of the tiny job; these are longer
@@ -477,7 +486,7 @@ def test_wandb_is_not_touched_unless_asked(job, tmp_path, monkeypatch):
 def comments_of_args(job):
     """Field -> its trailing comment in the source."""
     lines = inspect.getsource(job.module.Args).splitlines()
-    found = [re.match(r"\s+(\w+): \w+ = .*?  # (.+)", line) for line in lines]
+    found = [re.match(r"\s+(\w+): [\w.\[\], ]+ = .*?  # (.+)", line) for line in lines]
     return {match[1]: match[2] for match in found if match}
 
 
@@ -502,12 +511,10 @@ def test_help_explains_every_flag(job, capsys, monkeypatch):
 
 def test_every_default_has_its_declared_type(job):
     for field in dataclasses.fields(job.module.Args):
-        declared = (
-            field.type
-            if isinstance(field.type, type)
-            else {"int": int, "float": float, "str": str, "bool": bool}[field.type]
-        )
+        declared = typing.get_origin(field.type) or field.type
         assert type(field.default) is declared, field.name
+        for part in field.default if declared is tuple else ():
+            assert type(part) is typing.get_args(field.type)[0], field.name
 
 
 def test_evaluate_prints_the_table_and_leaves_everything_as_it_was(job, tmp_path, capsys):
@@ -588,6 +595,16 @@ WRONG = {  # script -> flag -> values
         "context": ("everything",),
         "context-data": ("posterior",),
         "kl-coef": NOT_BELOW,
+        "gamma": ("1",),
+        "tau": ("0", "1.1", "nan"),
+    },
+    "mtl_contextual": dict.fromkeys(("updates-per-step", "lr", "reward-scale", "alpha"), ABOVE_ZERO)
+    | dict.fromkeys(("hidden-layers", "batch-size", "her-k", "train-tasks", "eval-episodes"), ("0", "-3"))
+    | {
+        "num-tasks": ("0", "5"),  # of 4 training tasks
+        "replay-episodes": ("0", "-3"),
+        "context": ("everything",),
+        "her": ("past",),
         "gamma": ("1",),
         "tau": ("0", "1.1", "nan"),
     },
@@ -829,6 +846,7 @@ LOSSES = {
     "rl2_ppo": ("ppo_value_loss", "ppo_policy_loss"),
     "maml_trpo": ("inner_loss", "returns_of"),
     "pearl_sac": ("critic_loss", "kl_to_prior"),
+    "mtl_contextual": ("critic_loss", "temperature_loss"),
 }
 
 
@@ -887,8 +905,9 @@ def test_a_learning_rate_beyond_reason_ends_in_one_line(tmp_path, env_id, flags)
     assert all(torch.isfinite(value).all() for value in saved.values())
 
 
-def test_a_learning_rate_beyond_reason_ends_in_one_line_of_pearl_too(tmp_path):
-    message = one_line(train, JOBS["pearl_sac"], tmp_path, 40, "--lr", "1e30")
+@pytest.mark.parametrize("name", ["pearl_sac", "mtl_contextual"])
+def test_a_learning_rate_beyond_reason_ends_in_one_line_of_sac_too(tmp_path, name):
+    message = one_line(train, JOBS[name], tmp_path, 40, "--lr", "1e30")
     assert re.search(r"(losses|debug|eval)/\w+", message)
     saved = checkpoint_of(only_run(tmp_path))["modules"]["agent"]
     assert all(torch.isfinite(value).all() for value in saved.values())
