@@ -7,6 +7,7 @@ held against.
     python -m benchmark.baselines maze         # 1,000 held-out mazes, a minute
     python -m benchmark.baselines points
     python -m benchmark.baselines locomotion   # needs mujoco; some minutes
+    python -m benchmark.baselines goals        # needs mujoco; point maze, sparse reacher, classic control
     python -m benchmark.baselines all --tasks 500
 
 Each prints a table with standard errors beside the paper's numbers, then the dict literal that stands in
@@ -774,9 +775,10 @@ def points(num_tasks=1000, starts=10):
 # ============================= 6. Locomotion =============================
 
 
-def is_physics(env_id):
-    """Is it one of MuJoCo's bodies?"""
-    return str(gym.spec(env_id).vector_entry_point).startswith("common.locomotion")
+def ids_of(*modules):
+    """The ids of the task distributions in these modules of common/."""
+    entries = {env_id: str(gym.spec(env_id).vector_entry_point) for env_id in common.ids()}
+    return [env_id for env_id, entry in entries.items() if entry.split(":")[0] in modules]
 
 
 def play_locomotion(env, tasks, player):
@@ -794,21 +796,27 @@ def play_locomotion(env, tasks, player):
     return total
 
 
-def locomotion(num_tasks=40, starts=20):
+def simple_players(env_ids, num_tasks, starts, digits):
+    """What players that know nothing and learn nothing earn in one episode."""
     constants = {}
-    for env_id in common.ids():
-        if not is_physics(env_id):
-            continue
-        env = common.make(env_id, num_envs=num_tasks * starts, seed=SEED)
-        tasks = env.sample_tasks(num_tasks, split="test").repeat_interleave(starts, 0)
+    for env_id in env_ids:
+        count = min(num_tasks, common.make(env_id, num_envs=1).num_test_tasks)
+        env = common.make(env_id, num_envs=count * starts, seed=SEED)
+        tasks = env.sample_tasks(count, split="test").repeat_interleave(starts, 0)
         players = ("random", "still")
-        results = {
-            name: play_locomotion(env, tasks, name).view(num_tasks, starts).mean(1) for name in players
-        }
+        results = {name: play_locomotion(env, tasks, name).view(count, starts).mean(1) for name in players}
         rows = [(player, [mean_and_error(returns)]) for player, returns in results.items()]
-        print_table(f"{env_id}, horizon {env.horizon}, {num_tasks} tasks", ["player", "return"], rows)
+        print_table(f"{env_id}, horizon {env.horizon}, {count} tasks", ["player", "return"], rows)
         constants[env_id] = {player: returns.mean().item() for player, returns in results.items()}
-    print_literal("REFERENCES", constants, 1)
+    print_literal("REFERENCES", constants, digits)
+
+
+def locomotion(num_tasks=40):
+    simple_players(ids_of("common.locomotion"), num_tasks, 20, 1)
+
+
+def goals(num_tasks=1000):
+    simple_players(ids_of("common.pointmaze", "common.reacher", "common.classic"), num_tasks, 5, 2)
 
 
 # ================================ 7. Main ================================
@@ -816,7 +824,7 @@ def locomotion(num_tasks=40, starts=20):
 
 def main():
     families = {"bandits": bandits, "tabular": tabular, "gridnavi": gridnavi, "maze": maze, "points": points}
-    families["locomotion"] = locomotion
+    families |= {"locomotion": locomotion, "goals": goals}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,7 @@
 """How fast the scripts are, where the time goes, and how far that is from the raw limit, measured in one run.
 
-    python -m benchmark.throughput [envs] [physics] [rl2] [maml] [pearl] [--device cpu|cuda] [--threads N]
+    python -m benchmark.throughput [envs] [physics] [rl2] [maml] [pearl] [mtl] [metaworld]
+                                   [--device cpu|cuda] [--threads N]
 
 Every figure is a median over repetitions after a burn-in. Peers' figures were measured by us on another
 machine of two cores, so a ratio to them says an order of magnitude; ratios inside a run are good to a few %.
@@ -12,13 +13,15 @@ import platform
 import statistics
 import time
 
+import gymnasium as gym
 import torch
 
 import common
 import maml_trpo
+import mtl_contextual
 import pearl_sac
 import rl2_ppo
-from benchmark.baselines import is_physics
+from benchmark.baselines import ids_of
 
 VARIBAD_GRIDNAVI_SPS = 763  # env steps/s of varibad's RL^2 on GridNavi, end to end, two cores without a GPU
 OYSTER_STEPS = {(8, 64): 23, (16, 256): 4.2}  # gradient steps/s of oyster, meta-batch x batch, two threads
@@ -81,9 +84,8 @@ def env_steps(device, counts=(64, 1024, 16384)):
         + "   at 1,024 against the bare dynamics"
     )
     bare = bare_steps(1024, device)
-    for env_id in common.ids():
-        if is_physics(env_id):
-            continue
+    slow = ids_of("common.locomotion", "common.reacher", "common.metaworld")
+    for env_id in sorted(set(common.ids()) - set(slow)):
         cells = []
         for count in counts:
             env = common.make(env_id, count, device=device, seed=1)
@@ -104,7 +106,7 @@ def physics(device, repeats=7):
     The two take turns in the same environment, since the physics costs more or less as the bodies move.
     """
     print(f"\n{'worlds':>30}   env steps/s   the bare physics' share of the time")
-    for env_id in filter(is_physics, common.ids()):
+    for env_id in ids_of("common.locomotion", "common.reacher"):
         for count in (8192, 800) if env_id.startswith("HalfCheetah") else (800,):
             env = common.make(env_id, count, device=device, seed=1)
             env.reset(seed=1)
@@ -201,6 +203,61 @@ def pearl(device, repeats=5, count=20, compiled=False, **flags):
     print(f"  collecting: {sps:,.0f} env steps/s, {sps / OYSTER_SPS:.0f} times oyster's")
 
 
+def mtl(device, repeats=5, count=20, compiled=False, **flags):
+    """Gradient steps/s of mtl_contextual.py, and the share of that time that hindsight takes."""
+    device = torch.device(device)
+    changes = {"env_id": "PointRobot-v0", "context": "goal", "her": "future", **flags}
+    args = dataclasses.replace(mtl_contextual.Args(), **changes)
+    torch.manual_seed(0)
+    env = common.make(args.env_id, args.train_tasks, device=device, seed=0)
+    tasks = env.sample_tasks(args.train_tasks)
+    env.set_tasks(tasks)
+    obs_dim, space = env.single_observation_space.shape[0], env.single_action_space
+    agent = mtl_contextual.make_contextual_agent(obs_dim, tasks, space, args).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True)
+    replay = mtl_contextual.ReplayBuffer(args.train_tasks, 12, env.horizon, obs_dim, space.shape[0], device)
+    step_fn = torch.compile(mtl_contextual.sac_step) if compiled else mtl_contextual.sac_step
+    for _ in range(12):
+        mtl_contextual.collect(agent, mtl_contextual.sample_action, env, tasks, replay, args)
+    scales, rows = torch.ones(args.train_tasks, device=device), torch.arange(args.num_tasks, device=device)
+    where = replay.draw(rows, args.batch_size)
+    batch = replay.take(rows, *where)
+    batch["context"] = tasks[rows][:, None].expand(-1, args.batch_size, -1)
+
+    def learn():
+        mtl_contextual.update(agent, optimizer, step_fn, replay, tasks, scales, env, count, args)
+
+    def pretend():
+        for _ in range(count):
+            mtl_contextual.hindsight(replay, rows, batch, *where, env, args)
+
+    learning = median_seconds(learn, device, repeats) / count
+    share = median_seconds(pretend, device, repeats) / count / learning
+    shape = f"{args.num_tasks} tasks x {args.batch_size}, {args.hidden_layers} x {args.hidden_size}"
+    print(f"\nmtl_contextual.py on {args.env_id}: {shape}, {device}{', compiled' * compiled}")
+    print(f"  {1 / learning:.1f} gradient steps/s, hindsight takes {share:.1%} of that time")
+
+
+def metaworld(steps=300, repeats=3):
+    """Env steps/s of MT10 in common/, beside Meta-World's own vector environment, in turns."""
+    ours = common.make("MT10", 10, seed=1)
+    ours.set_tasks(ours.sample_tasks(10))
+    theirs = gym.make_vec("Meta-World/MT10", vector_strategy="sync", seed=1)
+    seconds = {"ours": [], "Meta-World's own": []}
+    for _ in range(repeats):
+        actions = 2 * torch.rand(steps, 10, 4) - 1
+        for name, env, moves in (("ours", ours, actions), ("Meta-World's own", theirs, actions.numpy())):
+            env.reset(seed=1)
+            start = time.perf_counter()
+            for move in moves:
+                env.step(move)
+            seconds[name].append(time.perf_counter() - start)
+    speed = {name: 10 * steps / statistics.median(times) for name, times in seconds.items()}
+    ratio = speed["ours"] / speed["Meta-World's own"]
+    print("\nMT10, env steps/s: " + ", ".join(f"{name} {value:,.0f}" for name, value in speed.items()))
+    print(f"  {ratio:.0%}")
+
+
 def gru_seconds(args, inputs, steps, device, repeats):
     """The raw limit of an iteration: its GRU passes alone, forwards and backwards, and nothing else."""
     gru = torch.nn.GRU(inputs, args.hidden_size).to(device)
@@ -258,7 +315,7 @@ def rl2(device, env_id, repeats=7, compiled=False, **flags):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", help="envs, physics, rl2, maml, pearl; nothing: all")
+    parser.add_argument("what", nargs="*", help="envs, physics, rl2, maml, pearl, mtl, metaworld; none: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's own choice")
     options = parser.parse_args()
@@ -266,7 +323,7 @@ def main():
         torch.set_num_threads(options.threads)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.machine()}, {name}")
-    what = set(options.what) or {"envs", "physics", "rl2", "maml", "pearl"}
+    what = set(options.what) or {"envs", "physics", "rl2", "maml", "pearl", "mtl"}
     if "envs" in what:
         env_steps(options.device)
     if "physics" in what:
@@ -285,6 +342,17 @@ def main():
         ):
             for compiled in (False, True) if options.device == "cuda" else (False,):
                 pearl(options.device, compiled=compiled, **flags)
+    if "mtl" in what:
+        large = {"hidden_size": 300, "hidden_layers": 3, "train_tasks": 80}
+        for flags in (
+            {},
+            {"num_tasks": 8, "batch_size": 64, **large},
+            {"num_tasks": 16, "batch_size": 256, **large},
+        ):
+            for compiled in (False, True) if options.device == "cuda" else (False,):
+                mtl(options.device, compiled=compiled, **flags)
+    if "metaworld" in what:
+        metaworld()
     if "rl2" in what:
         sps = rl2(options.device, "GridNavi-v0", **GRIDNAVI)
         print(f"  {sps / VARIBAD_GRIDNAVI_SPS:.0f} times varibad's {VARIBAD_GRIDNAVI_SPS} env steps/s")

@@ -83,4 +83,5 @@ class PointMaze(TaskVectorEnv):
         return torch.hypot(*(achieved - goal).unbind(-1)) < RADIUS
 
 
-REFERENCES = {"PointMaze-v0": {}}
+# python -m benchmark.baselines goals: 1,000 held-out goals, 5 starts each, one episode
+REFERENCES = {"PointMaze-v0": {"random": -94.54, "still": -99.3}}

@@ -72,4 +72,5 @@ class ReacherGoal(Locomotion):
         return torch.zeros(achieved.shape[:-1], dtype=torch.bool, device=achieved.device)
 
 
-REFERENCES = {"ReacherGoal-v0": {}}
+# python -m benchmark.baselines goals: 1,000 held-out goals, 5 starts each, one episode
+REFERENCES = {"ReacherGoal-v0": {"random": -49.65, "still": -49.93}}

@@ -266,9 +266,11 @@ def test_point_constants(env_id):
         assert math.isclose(mean, value, abs_tol=6 * error + 1e-3), (player, mean, error)
 
 
-@pytest.mark.parametrize("env_id", ["HalfCheetahDir-v0", "HopperRandParams-v0"])
+@pytest.mark.parametrize(
+    "env_id", ["HalfCheetahDir-v0", "HopperRandParams-v0", "ReacherGoal-v0", "PendulumSwingUp-v0"]
+)
 @pytest.mark.parametrize("player", ["random", "still"])
-def test_the_locomotion_constants_are_what_the_players_reach(env_id, player):
+def test_the_constants_of_simple_players_are_what_the_players_reach(env_id, player):
     pytest.importorskip("mujoco")
     env = common.make(env_id, num_envs=80, seed=0)
     tasks = env.sample_tasks(40, split="test").repeat_interleave(2, 0)
