@@ -131,6 +131,9 @@ def draw(folders, out):
         sys.exit("error: nothing to draw, no run has been evaluated yet")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     flags = differing_flags([args for _, args, _ in groups])
+    last_rows = [seeds[0][-1] for _, _, seeds in groups]
+    # none adapts: there is nothing to draw by episode
+    zero_shot = all("eval/return_ep1" not in row and "eval/success_ep0" in row for row in last_rows)
     for (script, args, seeds), differs in zip(groups, flags, strict=True):
         env_id, episodes = args["env_id"], args.get("episodes_per_trial")
         many = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed, band over tasks"
@@ -145,7 +148,14 @@ def draw(folders, out):
         low, high = zip(*[(c - b, c + b) for c, b in zip(curve, band, strict=True)], strict=True)
         left.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
         numbers = sorted(int(key[14:]) for key in seeds[0][-1] if key.startswith("eval/return_ep"))
-        if args.get("oracle"):  # told its task, it has nothing to adapt to: a level to compare with
+        if zero_shot:
+            solved = [[row["eval/success_ep0"] for row in rows] for rows in seeds]
+            curve, band = mean_and_error(solved, [[0.0 for _ in rows] for rows in seeds])
+            right.plot(steps, curve, color=line.get_color())
+            low, high = zip(*[(c - b, c + b) for c, b in zip(curve, band, strict=True)], strict=True)
+            right.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+            continue
+        if args.get("oracle") or len(numbers) == 1:  # told its task, it adapts to nothing: a level
             right.axhline(curve[-1], color=line.get_color(), linestyle=":")
             continue
         curve, band = mean_and_error(
@@ -159,8 +169,13 @@ def draw(folders, out):
         draw_references(right, env.references, at=numbers[0], align="left")
     left.set(xlabel="environment steps (all of them)", ylabel=f"held-out return,\n{words}")
     stage = "gradient steps" if "gradient steps" in words else "episode"
-    right.set(xlabel=f"{stage} on a new task", ylabel="held-out return of an episode")
-    right.xaxis.get_major_locator().set_params(integer=True)
+    if zero_shot:
+        right.set(
+            xlabel="environment steps (all of them)", ylabel="held-out episodes with success", ylim=(0, 1)
+        )
+    else:
+        right.set(xlabel=f"{stage} on a new task", ylabel="held-out return of an episode")
+        right.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside lower center")
     save(figure, out, dpi=130)
 

@@ -8,8 +8,9 @@ import torch
 
 import common
 import maml_trpo
+import mtl_contextual
 import pearl_sac
-from benchmark import plot, posteriors, reproduce, throughput, trajectories
+from benchmark import mazes, plot, posteriors, reproduce, throughput, trajectories
 
 TINY = (
     "--num-envs 8 --episodes-per-trial 3 --hidden-size 8 --total-timesteps 48 --eval-every 1 --eval-tasks 16"
@@ -250,6 +251,27 @@ def test_beliefs_and_paths_are_those_that_the_run_was_evaluated_on(tmp_path):
 def test_a_posterior_sampler_is_judged_by_its_last_episode(tmp_path):
     ((_, args, (rows,)),) = plot.group_runs([tiny_pearl(tmp_path)])
     assert plot.headline(args, rows[-1]) == ("eval/return_ep3", "eval/return_se_ep3", "in episode 4")
+
+
+# ---- pictures of the maze
+
+
+def test_maze_paths_are_those_that_the_run_was_evaluated_on(tmp_path):
+    flags = "--env-id PointMaze-v0 --context goal --her future --train-tasks 4 --num-tasks 2 --batch-size 5"
+    flags += " --hidden-size 8 --eval-tasks 20 --total-timesteps 400 --device cpu"
+    for seed in ("1", "2"):
+        mtl_contextual.main([*flags.split(), "--seed", seed, "--run-dir", str(tmp_path)])
+    runs = sorted(tmp_path.glob("mtl_contextual__*"))
+    episode, tasks, args = mazes.play(runs[0], 20)
+    assert torch.equal(tasks, common.make("PointMaze-v0", 1).sample_tasks(20, split="test"))
+    last = json.loads((runs[0] / "metrics.jsonl").read_text().splitlines()[-1])
+    found = (episode["reward"] * episode["valid"]).sum(1).mean().item()
+    assert found == pytest.approx(last["eval/return_ep0"], abs=1e-3) and args.her == "future"
+    pytest.importorskip("matplotlib")
+    mazes.draw(runs, 5, tmp_path / "mazes.png")
+    plot.draw(runs, tmp_path / "curves.png")  # of agents that are told: success instead of episodes
+    for picture in ("mazes.png", "curves.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_principal_plane_is_where_points_vary_most():
