@@ -549,7 +549,7 @@ def evaluate(agent, env, num_tasks, act_fn, args):
 
 
 def summarize(returns, lengths, success=None):
-    """Held-out results as metrics. All [N, stages]; stage 0 begins with no knowledge of the task.
+    """Held-out results as metrics. All [N, stages]; stage 0 is before any adaptation.
 
     A stage is an episode of RL^2's trial, or what MAML plays between two gradient steps. lengths: in steps.
     """

@@ -47,7 +47,9 @@ def mean_and_error(values, errors):
     spread = [
         (sum((value[i] - means[i]) ** 2 for value in values) / (count - 1)) ** 0.5 for i in range(length)
     ]
-    student = T_95.get(count, 1.96 + 2.5 / (count - 2))  # three seeds are too few for the normal factor
+    student = (
+        T_95[count] if count in T_95 else 1.96 + 2.5 / (count - 2)
+    )  # three seeds are too few for the normal factor
     return means, [student * s / count**0.5 for s in spread]
 
 

@@ -39,6 +39,8 @@ class AdaptedTasks(TaskVectorEnv):
     resumed run exact.
     num_test_tasks: size of the held-out set; evaluating on all of it takes that many inner environments.
     test_tasks: [num_test_tasks, task_dim], the held-out set itself, where it is not drawn like the others.
+    goals: three functions in torch, achieved_goal(obs), compute_reward(achieved, goal) and
+    compute_terminated(achieved, goal), where a task row is a goal (see TaskVectorEnv); obs must not show it.
     success: the name under which the inner environment's info says whether the goal is reached.
     """
 
@@ -47,7 +49,7 @@ class AdaptedTasks(TaskVectorEnv):
     def __init__(
         self, num_envs, env, set_tasks_fn, low, high, vectorization_mode="sync", horizon=None, sample=None,
         get_state=None, set_state=None, references=None, num_test_tasks=64, test_tasks=None,
-        success=None, device="cpu", seed=None,
+        goals=None, success=None, device="cpu", seed=None,
     ):  # fmt: skip
         if isinstance(env, str):
             if vectorization_mode not in ("sync", "async"):
@@ -70,6 +72,9 @@ class AdaptedTasks(TaskVectorEnv):
         self.references, self.num_test_tasks = references or {}, num_test_tasks
         self._set_tasks_fn, self._sample = set_tasks_fn, sample
         self._get_state, self._set_state = get_state, set_state
+        if goals is not None:
+            self.goal_space = self.task_space
+            self.achieved_goal, self.compute_reward, self.compute_terminated = goals
         self._held_out, self._success, self.has_success = test_tasks, success, success is not None
 
     def _look_at(self, inner, num_envs, horizon):
@@ -134,7 +139,7 @@ class AdaptedTasks(TaskVectorEnv):
         if self.has_success:  # where an episode ended, the last step's info is under final_info
             success = np.array(info.get(self._success, np.zeros(self.num_envs)), bool)
             if ended.any():
-                success[ended] = info["final_info"][self._success][ended]
+                success[ended] = info["final_info"].get(self._success, np.zeros(self.num_envs))[ended]
             seen["success"] = self._to_torch(success, torch.bool)
         return self._to_torch(obs), self._to_torch(reward), *flags, seen
 

@@ -127,7 +127,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         info["final_obs"] = final_obs
         return self._observe(state) if some_ended else final_obs.clone(), reward, terminated, truncated, info
 
-    # ---- goals: only where goal_space is not None, and there the reward depends on nothing else
+    # ---- goals: only where goal_space is not None. There a task row is a goal, obs does not contain it, and
+    # reward and termination depend on nothing but the goal and what was achieved
 
     def achieved_goal(self, obs):
         """[..., obs] -> [..., goal], the goal that is reached where obs was observed."""

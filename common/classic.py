@@ -112,7 +112,7 @@ class ClassicControl(TaskVectorEnv):
 
     @property
     def references(self):
-        return REFERENCES[self.spec.id] if self.spec and self.horizon == 200 else {}
+        return REFERENCES.get(self.spec.id, {}) if self.spec and self.horizon == 200 else {}
 
     def _draw_tasks(self, n, generator):
         """All bodies in turn; which of them get one more, if n leaves a rest, is random."""

@@ -17,7 +17,7 @@ Meta-World asks for a MuJoCo that has no batches, so it is installed without wha
     pip install imageio scipy packaging && pip install --no-deps metaworld==3.1.1
 
 DIFFERS from Meta-World: on MuJoCo newer than 3.3 a row of weld data is wider, and one method that writes it
-is replaced. Built from Meta-World's classes of benchmarks: its Gymnasium id for ML1 has test goals in
+is replaced. Places come from Meta-World's benchmark classes: its Gymnasium id for ML1 has test goals in
 training.
 """
 

@@ -7,8 +7,8 @@ PointMaze-v0  The walls are D4RL's medium maze (Fu et al. 2020, arXiv:2004.07219
               slides along. Reward -1 a step, 0 at the step that comes within .25 of the goal, which ends the
               episode; at most 100 steps.
 
-DIFFERS from D4RL and Gymnasium-Robotics: their ball has a mass and is pushed, a goal is twice as wide (.45)
-and the start is anywhere.
+DIFFERS from D4RL and Gymnasium-Robotics: their ball has a mass and is pushed, it has to come within .45 of a
+goal, and it starts anywhere.
 """
 
 import torch
@@ -54,7 +54,7 @@ class PointMaze(TaskVectorEnv):
     def _start(self):
         corner = torch.tensor([1.0, SIZE - 2.0], device=self.device)
         inside = torch.rand(self.num_envs, 2, generator=self._generator, device=self.device)
-        return corner + inside
+        return corner + inside.clamp(GAP, 1 - GAP)
 
     def _observe(self, state):
         return state - SIZE / 2  # the state counts from the corner

@@ -347,3 +347,49 @@ def test_a_subclass_in_pure_torch_is_registered_with_gymnasium_alone():
         assert isinstance(common.make("HeavyPoints-v0", num_envs=3, seed=1).unwrapped, HeavyPoints)
     finally:
         gym.registry.pop("HeavyPoints-v0")
+
+
+class Lights(gym.Env):
+    """A number that actions move to a goal. It tells of success only where there is some."""
+
+    observation_space = gym.spaces.Box(-9, 9, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+    goal, place, age = 0.0, 0.0, 0
+
+    def reset(self, *, seed=None, options=None):
+        self.place, self.age = 0.0, 0
+        return np.float32([self.place]), {}
+
+    def step(self, action):
+        self.place, self.age = self.place + float(action[0]), self.age + 1
+        near = abs(self.place - self.goal) < 0.5
+        info = {"near": True} if near else {}
+        return np.float32([self.place]), float(near) - 1, near, self.age == 5, info
+
+
+def test_goals_and_success_of_an_adapted_environment():
+    goals = (
+        lambda obs: obs,
+        lambda achieved, goal: ((achieved - goal).abs() < 0.5).float().squeeze(-1) - 1,
+        lambda achieved, goal: ((achieved - goal).abs() < 0.5).squeeze(-1),
+    )
+    common.register(
+        "Lights-v0",
+        lambda n: gym.vector.SyncVectorEnv([Lights] * n, autoreset_mode=AutoresetMode.SAME_STEP),
+        lambda env, tasks: env.set_attr("goal", tasks[:, 0].tolist()),
+        low=[-5], high=[5], horizon=5, goals=goals, success="near",
+    )  # fmt: skip
+    env = common.make("Lights-v0", num_envs=6, seed=0)
+    assert env.goal_space == env.task_space and env.has_success
+    tasks = torch.tensor([[1.0], [2.0], [3.0], [-1.0], [9.0], [4.0]])
+    env.set_tasks(tasks)
+    env.reset(seed=0)
+    seen = []
+    for _ in range(12):
+        _, reward, terminated, _, info = env.step(torch.ones(6, 1))
+        achieved = env.achieved_goal(info["final_obs"])
+        assert torch.equal(env.compute_reward(achieved, tasks), reward)
+        assert torch.equal(env.compute_terminated(achieved, tasks), terminated)
+        assert torch.equal(info["success"], terminated)
+        seen.append(info["success"])
+    assert torch.stack(seen).sum(0).tolist() == [12, 6, 4, 0, 0, 3]

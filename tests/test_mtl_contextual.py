@@ -137,22 +137,27 @@ def test_the_normalizer_reads_no_padding():  # T9
     red(check_the_normalizer_reads_no_padding, 'x[episode["valid"] > 0]', "x.flatten(0, 1)")
 
 
-def headed(module):
+def headed(module, seen):
     args = small_args(module, heads=True, context="onehot")
     tasks = torch.arange(2.0 * K).view(K, 2)
     agent = make_agent(module, args, tasks).double()
-    agent.normalizer.see(torch.cat([torch.randn(400, 2), torch.eye(K).repeat(100, 1)], 1).double())
-    return agent, args
+    if seen:
+        agent.normalizer.see(torch.cat([torch.randn(400, 2), torch.eye(K).repeat(100, 1)], 1).double())
+    return agent
 
 
 def check_heads_are_apart(module):
-    agent, _ = headed(module)
+    for seen in (True, False):  # before anything was normalised, too
+        check_heads_of(headed(module, seen))
+
+
+def check_heads_of(agent):
     x = agent.normalizer(torch.cat([torch.randn(K, 2), torch.eye(K)], 1).double())
     mean, log_std = agent.actor(x)
     values = agent.critic(x, torch.rand(K, 2).double())
     assert mean.shape == log_std.shape == (K, 2) and values.shape == (2, K)
     for task in range(K):
-        last = [agent.actor.all.net[-1].weight, agent.critic.all.weights[-1]]
+        last = [agent.actor.shared.net[-1].weight, agent.critic.shared.weights[-1]]
         grads = torch.autograd.grad(mean[task].sum() + values[:, task].sum(), last, retain_graph=True)
         moved = (
             grads[0].abs().sum(1).view(2, K, 2).sum((0, 2)) > 0
@@ -162,8 +167,10 @@ def check_heads_are_apart(module):
 
 
 def test_a_tasks_loss_reaches_its_own_head_and_no_other():  # T13
-    red(check_heads_are_apart, "own = x[..., -self.heads :] >= 0", "own = x[..., -self.heads :].exp()")
-    red(check_heads_are_apart, "* (x[..., -self.heads :] >= 0)).sum(-1)", "* x[..., -self.heads :]).sum(-1)")
+    shipped = "own = F.one_hot(x[..., -self.heads :].argmax(-1), self.heads)"
+    red(check_heads_are_apart, shipped, "own = x[..., -self.heads :].exp()")
+    shipped = "values * F.one_hot(x[..., -self.heads :].argmax(-1), self.heads)"
+    red(check_heads_are_apart, shipped, "values * x[..., -self.heads :]")
 
 
 def test_a_single_head_is_the_plain_network():
@@ -173,8 +180,8 @@ def test_a_single_head_is_the_plain_network():
     ]
     agents[0].normalizer.see(torch.cat([torch.randn(9, 2), torch.ones(9, 1)], 1))
     x = agents[0].normalizer(torch.cat([torch.randn(7, 2), torch.ones(7, 1)], 1))
-    agents[0].actor.all.load_state_dict(agents[1].actor.state_dict())
-    agents[0].critic.all.load_state_dict(agents[1].critic.state_dict())
+    agents[0].actor.shared.load_state_dict(agents[1].actor.state_dict())
+    agents[0].critic.shared.load_state_dict(agents[1].critic.state_dict())
     action = torch.rand(7, 2)
     close(agents[0].critic(x, action), agents[1].critic(x, action), 1e-6)
     for one, two in zip(agents[0].actor(x), agents[1].actor(x), strict=True):
@@ -311,7 +318,10 @@ def test_hindsight_goals_were_achieved_later_in_the_same_episode(her):
         ('["obs"][rows, episode, index])', '["obs"][rows, (episode + 1) % replay.capacity, index])'),  # T5
         ('["obs"][rows, episode, index])', '["obs"][rows.flip(0), episode, index])'),  # T5
         ("replay.length[rows, episode], args.her)", "torch.full_like(step, replay.horizon), args.her)"),  # T9
-        ("round(args.batch_size * args.her_k / (args.her_k + 1))", "round(args.batch_size / args.her_k)"),
+        (
+            "return round(args.batch_size * args.her_k / (args.her_k + 1))",
+            "return args.batch_size // args.her_k",
+        ),
     ],
 )
 def test_hindsight_goes_red(old, new):
@@ -542,6 +552,8 @@ def test_each_named_task_has_its_own_reward_scale():
     close(mtl.task_scales(env, tasks, small_args(mtl, reward_scale=(3.0,))), torch.full((5,), 3.0), 1e-6)
     with pytest.raises(SystemExit, match="--reward-scale .*one for each of: cartpole, pendulum, acrobot"):
         mtl.task_scales(env, tasks, small_args(mtl, reward_scale=(1.0, 2.0)))
+    with pytest.raises(SystemExit, match="some training tasks have no name"):
+        mtl.task_scales(env, tasks + 0.5, small_args(mtl, reward_scale=(1.0, 2.0, 3.0)))
     with pytest.raises(SystemExit, match="no task has a name"):
         mtl.task_scales(common.make("PointGoal-v0", 5), tasks, small_args(mtl, reward_scale=(1.0, 2.0)))
 
@@ -655,6 +667,11 @@ def test_a_dense_reward_is_trained_on_unless_hindsight_makes_rewards():
         (
             "--env-id ClassicControl-v0 --context goal",
             "--context goal: expected .*ClassicControl-v0 has none",
+        ),
+        ("--context goal --her future --batch-size 2", "--batch-size 2: expected more"),
+        (
+            "--env-id ClassicControl-v0 --context onehot --heads",
+            "--train-tasks 200: expected at most 3: more are repetitions",
         ),
         ("--env-id Bandit5-v0", "--env-id Bandit5-v0: expected .*continuous actions"),
         ("--env-id MT1-juggle-v3", "--env-id MT1-juggle-v3: (Meta-World has no juggle-v3|Meta-World cannot)"),
