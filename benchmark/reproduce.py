@@ -80,16 +80,9 @@ TOLD_CHEETAH = (
     " --eval-every 4 --save-every 10"
 )
 MT = (
-    "--env-id {0} --context onehot --train-tasks {1} --num-tasks {1} --hidden-size {2} --lr 3e-4 --gamma 0.99"
-    " --tau 0.005 --eval-every 20 --save-every 20"
-)
-MT3 = (
-    f"{MT.format('MT3', 3, 256)} --batch-size 64 --reward-scale 0.1 --updates-per-step 0.333"
-    " --replay-episodes 1000 --eval-tasks 30 --total-timesteps 1000000"
-)
-MT10 = (
-    f"{MT.format('MT10', 10, 400)} --heads --hidden-layers 3 --batch-size 128 --updates-per-step 0.1"
-    " --replay-episodes 200 --total-timesteps 20000000"
+    "--env-id {0} --context onehot --train-tasks {1} --num-tasks {1} --batch-size 64 --hidden-size 256"
+    " --lr 3e-4 --gamma 0.99 --tau 0.005 --reward-scale 0.1 --updates-per-step {2} --replay-episodes 1000"
+    " --eval-tasks {3} --eval-every 20 --save-every 20 --total-timesteps {4}"
 )
 
 # name: (script, flags, seeds, minutes a run on one core, reference)
@@ -196,8 +189,14 @@ ENTRIES = {
         15,
         "PEARL -36, VariBAD -25",
     ),
-    "mtl_mt3": ("mtl_contextual.py", MT3, (1,), 90, "scripted policies 1.0"),
-    "mtl_mt10": ("mtl_contextual.py", MT10, (1,), 2000, "multi-task SAC about .75 at 20 M steps"),
+    "mtl_mt3": ("mtl_contextual.py", MT.format("MT3", 3, 0.333, 30, 1_000_000), (1,), 90, "scripted 1.0"),
+    "mtl_mt10": (
+        "mtl_contextual.py",
+        MT.format("MT10", 10, 0.1, 100, 20_000_000) + " --heads",
+        (1,),
+        1200,
+        "multi-task SAC about .75 at 20 M steps",
+    ),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }
 
