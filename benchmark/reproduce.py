@@ -73,6 +73,7 @@ SWING_UP = (
     " --save-every 10"
 )
 ALONE = (1, 1, 0.6)
+HER = "--context goal --her future"
 TOLD_SPARSE = "--env-id SparsePointGoal-v0 --total-timesteps 120000"
 TOLD_CHEETAH = (
     "--env-id HalfCheetah{}-v0 --train-tasks {} --num-tasks {} --batch-size {} --hidden-size 256 --gamma 0.99"
@@ -150,6 +151,7 @@ ENTRIES = {
     "mtl_pointgoal": ("mtl_contextual.py", "", (1, 2, 3), 2, "optimum -.488"),
     "mtl_pointgoal_none": ("mtl_contextual.py", "--context none", (1, 2, 3), 2, "the lower bound"),
     "mtl_sparse": ("mtl_contextual.py", TOLD_SPARSE, (1, 2, 3), 1, "optimum 13.39"),
+    "mtl_sparse_her": ("mtl_contextual.py", f"{TOLD_SPARSE} {HER}", (1, 2, 3), 1, "optimum 13.39"),
     "mtl_pointmaze": ("mtl_contextual.py", f"{HER_MAZE} --her future", (1, 2, 3), 3, "success .9"),
     "mtl_pointmaze_no_her": ("mtl_contextual.py", HER_MAZE, (1, 2, 3), 3, "far below"),
     "mtl_reacher": ("mtl_contextual.py", f"{HER_REACHER} --her future", (1, 2, 3), 4, "success .9"),
@@ -188,6 +190,13 @@ ENTRIES = {
         (1,),
         15,
         "PEARL -36, VariBAD -25",
+    ),
+    "mtl_cheetah_dir": (
+        "mtl_contextual.py",
+        TOLD_CHEETAH.format("Dir", 20, 20, 12, 200, 600_000, 40),
+        (1,),
+        15,
+        "PEARL 1187, VariBAD 1900",
     ),
     "mtl_mt3": ("mtl_contextual.py", MT.format("MT3", 3, 0.333, 30, 1_000_000), (1,), 90, "scripted 1.0"),
     "mtl_mt10": (
