@@ -141,7 +141,7 @@ def the_error(text):
     lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     assert len(errors) == 1 and all("step/s" in line for line in lines if line not in errors), text
-    assert 10 < len(errors[0]) < 600
+    assert 10 < len(errors[0]) < 900
     return errors[0]
 
 
