@@ -62,22 +62,24 @@ PEARL_SPARSE = (
 )
 PEARL_LONG = "--total-timesteps 2400000"
 
-HER_MAZE = "--env-id PointMaze-v0 --context goal --gamma 0.98 --total-timesteps 400000 --eval-every 5"
+HER_MAZE = (
+    "--env-id PointMaze-v0 --context goal --gamma 0.98 --lr 0.001 --total-timesteps 400000 --eval-every 5"
+)
 HER_REACHER = (
     "--env-id ReacherGoal-v0 --context goal --train-tasks 64 --num-tasks 32 --batch-size 10"
-    " --updates-per-step 0.1 --gamma 0.95 --total-timesteps 150000 --eval-every 10 --save-every 10"
+    " --updates-per-step 0.1 --gamma 0.95 --lr 0.001 --total-timesteps 150000 --eval-every 10 --save-every 10"
 )
 SWING_UP = (
     "--env-id {}-v0 --context onehot --train-tasks {} --num-tasks {} --batch-size 64 --updates-per-step {}"
-    " --gamma 0.98 --reward-scale {} --replay-episodes 1000 --total-timesteps {} --eval-every 10"
+    " --gamma 0.98 --lr 0.001 --reward-scale {} --replay-episodes 1000 --total-timesteps {} --eval-every 10"
     " --save-every 10"
 )
 ALONE = (1, 1, 0.6)
 HER = "--context goal --her future"
-TOLD_SPARSE = "--env-id SparsePointGoal-v0 --total-timesteps 120000"
+TOLD_SPARSE = "--env-id SparsePointGoal-v0 --lr 0.001 --total-timesteps 120000"
 TOLD_CHEETAH = (
     "--env-id HalfCheetah{}-v0 --train-tasks {} --num-tasks {} --batch-size {} --hidden-size 256 --gamma 0.99"
-    " --tau 0.005 --updates-per-step 0.1 --replay-episodes {} --total-timesteps {} --eval-tasks {}"
+    " --lr 0.001 --tau 0.005 --updates-per-step 0.1 --replay-episodes {} --total-timesteps {} --eval-tasks {}"
     " --eval-every 4 --save-every 10"
 )
 MT = (

@@ -696,7 +696,8 @@ def last_row(folder):
 @pytest.mark.slow
 def test_with_one_task_and_nothing_told_it_is_sac_and_solves_it(tmp_path):
     flags = "--env-id OneGoal-v0 --context none --train-tasks 8 --num-tasks 8 --batch-size 32"
-    flags += " --hidden-size 64 --total-timesteps 20000 --updates-per-step 0.1 --eval-every 100 --device cpu"
+    flags += " --hidden-size 64 --total-timesteps 20000 --updates-per-step 0.1 --lr 0.001 --eval-every 100"
+    flags += " --device cpu"
     mtl.main([*flags.split(), "--run-dir", str(tmp_path)])
     best = one_goals_optimum()
     assert last_row(tmp_path)["eval/return_ep0"] > best - 0.7
@@ -717,7 +718,7 @@ def test_told_the_goal_it_goes_there_and_told_nothing_it_does_not(tmp_path, full
 @pytest.mark.slow
 def test_hindsight_learns_where_nothing_else_does(tmp_path, full):
     """In the maze. Short: it reaches far more goals with hindsight than without."""
-    flags = "--env-id PointMaze-v0 --context goal --gamma 0.98 --eval-every 1000 --device cpu"
+    flags = "--env-id PointMaze-v0 --context goal --gamma 0.98 --lr 0.001 --eval-every 1000 --device cpu"
     flags += f" --total-timesteps {400000 if full else 120000} --eval-tasks 300 --save-every 1000"
     solved = {}
     for her in ("future", "none"):
