@@ -64,7 +64,7 @@ TRAPS (each has a test that goes red when the trap is put in)
 RUN
     python mtl_contextual.py                                            # told the goal: two minutes
     python mtl_contextual.py --env-id PointMaze-v0 --context goal --her future --gamma 0.98 --lr 1e-3 \
-        --total-timesteps 400000 --eval-every 5
+        --updates-per-step 0.05 --total-timesteps 200000
     python mtl_contextual.py --env-id ClassicControl-v0 --context onehot --train-tasks 3 --num-tasks 3 \
         --batch-size 64 --updates-per-step 0.2 --gamma 0.98 --lr 1e-3 --reward-scale 1 0.1 1 \
         --replay-episodes 1000 --total-timesteps 250000 --eval-every 10 --save-every 10

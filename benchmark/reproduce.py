@@ -63,7 +63,8 @@ PEARL_SPARSE = (
 PEARL_LONG = "--total-timesteps 2400000"
 
 HER_MAZE = (
-    "--env-id PointMaze-v0 --context goal --gamma 0.98 --lr 0.001 --total-timesteps 400000 --eval-every 5"
+    "--env-id PointMaze-v0 --context goal --gamma 0.98 --lr 0.001 --updates-per-step 0.05"
+    " --total-timesteps 200000"
 )
 HER_REACHER = (
     "--env-id ReacherGoal-v0 --context goal --train-tasks 64 --num-tasks 32 --batch-size 10"
@@ -200,7 +201,7 @@ ENTRIES = {
         15,
         "PEARL 1187, VariBAD 1900",
     ),
-    "mtl_mt3": ("mtl_contextual.py", MT.format("MT3", 3, 0.333, 30, 1_000_000), (1,), 90, "scripted 1.0"),
+    "mtl_mt3": ("mtl_contextual.py", MT.format("MT3", 3, 0.333, 30, 810_000), (1,), 90, "scripted 1.0"),
     "mtl_mt10": (
         "mtl_contextual.py",
         MT.format("MT10", 10, 0.1, 100, 20_000_000) + " --heads",
