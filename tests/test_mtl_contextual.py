@@ -707,26 +707,26 @@ def test_with_one_task_and_nothing_told_it_is_sac_and_solves_it(tmp_path):
 @pytest.mark.slow
 def test_told_the_goal_it_goes_there_and_told_nothing_it_does_not(tmp_path, full):
     """Short: until it has begun to. Full: the README's run."""
-    short = ["--total-timesteps", "80000", "--eval-tasks", "500"]
+    short = ["--total-timesteps", "40000", "--eval-tasks", "500"]
     returns = {}
     for context in ("task", "none"):
         flags = ["--context", context, "--run-dir", str(tmp_path / context), "--device", "cpu"]
         mtl.main([*flags, *([] if full else short), "--eval-every", "1000"])
         returns[context] = last_row(tmp_path / context)["eval/return_ep0"]
-    assert returns["task"] > (-0.7 if full else -3) and returns["none"] < -10
+    assert returns["task"] > (-0.7 if full else -5) and returns["none"] < -10
 
 
 @pytest.mark.slow
 def test_hindsight_learns_where_nothing_else_does(tmp_path, full):
     """In the maze. Short: it reaches far more goals with hindsight than without."""
     flags = "--env-id PointMaze-v0 --context goal --gamma 0.98 --lr 0.001 --eval-every 1000 --device cpu"
-    flags += f" --total-timesteps {200000 if full else 90000} --eval-tasks 300 --updates-per-step 0.05"
-    flags += " --save-every 1000"
+    flags += f" --total-timesteps {200000 if full else 60000} --eval-tasks 300 --updates-per-step 0.05"
+    flags += f" --save-every 1000 --num-tasks {64 if full else 32}"
     solved = {}
     for her in ("future", "none"):
         mtl.main([*flags.split(), "--her", her, "--run-dir", str(tmp_path / her)])
         solved[her] = last_row(tmp_path / her)["eval/success_ep0"]
-    assert solved["future"] > (0.9 if full else 0.4) and solved["none"] < 0.3, solved
+    assert solved["future"] > (0.9 if full else 0.3) and solved["none"] < 0.2, solved
 
 
 def test_nothing_here_is_infinite():
