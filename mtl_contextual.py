@@ -74,8 +74,15 @@ RUN
         --eval-every 20 --save-every 20    # Meta-World's own sizes: --hidden-size 400 --hidden-layers 3
                                            # --batch-size 128; a beginning was run by us
 
-RESULT (held-out tasks, zero-shot; +- a standard error over tasks)
-    to be filled in
+RESULT (held-out tasks, zero-shot; +- a 95 % interval, over seeds where there are three)
+    PointGoal          300,000 steps, 1.5 min of two cores, 3 seeds: -.538 +- .004, all goals reached; told
+                       nothing -37.9; optimum -.488
+    PointMaze          200,000 steps, 3 min of a busy core, 3 seeds: .95 +- .05 of the goals, without
+                       hindsight .08 to .66
+    ReacherGoal        150,000 steps, 2 min, 3 seeds: all goals, without hindsight .10 to .38
+    ClassicControl     250,000 steps, 6 min, 3 seeds: cart pole 146, 146 and 9, pendulum -143, acrobot 81
+    HalfCheetahVel     600,000 steps, 14 min, 1 seed: -23.6 +- 2.5; PEARL -32
+    MT3                810,000 steps, 69 min, 1 seed: all of 150 episodes solved, in each of the three tasks
 """
 
 import contextlib
