@@ -22,6 +22,7 @@ training.
 """
 
 import functools
+import pickle
 
 import gymnasium as gym
 import mujoco
@@ -73,7 +74,7 @@ def places(benchmark):
 
 
 def _data(task):
-    return metaworld.pickle.loads(task.data)
+    return pickle.loads(task.data)
 
 
 class Sawyer(gym.Env):
@@ -86,21 +87,24 @@ class Sawyer(gym.Env):
         self.names, self.choices = names, choices
         self.row, self.envs, self.env = None, {}, None
         self.place, self.played = None, []  # all that decides the state, as Meta-World's resets are exact
-        bound = np.inf
-        self.observation_space = gym.spaces.Box(-bound, bound, (39,), np.float64)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (39,), np.float64)
         self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        name = self.names[int(np.argmax(self.row[: len(self.names)]))]
         place = self.row[len(self.names) :].astype(np.float64)
         if self.choices is not None:
-            place = self.choices[name][self.np_random.integers(len(self.choices[name]))]
+            places = self.choices[self.name()]
+            place = places[self.np_random.integers(len(places))]
         return self.begin(place), {}
+
+    def name(self):
+        """The thing to do that the row says."""
+        return self.names[int(np.argmax(self.row[: len(self.names)]))]
 
     def begin(self, place):
         """Start an episode with object and goal at this place. Returns its first observation."""
-        name = self.names[int(np.argmax(self.row[: len(self.names)]))]
+        name = self.name()
         if name not in self.envs:
             self.envs[name] = env_dict.ALL_V3_ENVIRONMENTS[name]()
         self.env, self.place, self.played = self.envs[name], place, []

@@ -204,9 +204,9 @@ def test_the_pendulum_and_its_reward_are_gymnasiums():
 def test_cart_and_pole_move_as_gymnasiums_and_the_reward_is_how_upright_the_pole_is():
     twin = gym.make("CartPole-v1").unwrapped
     twin.reset(seed=0)
-    dice = np.random.default_rng(0)
+    dice, ends = np.random.default_rng(0), set()
     for _ in range(10):
-        twin.state = dice.uniform(-1, 1, 4) * [2, 2, np.pi, 5]
+        twin.state = dice.uniform(-1, 1, 4) * [2, 6, np.pi, 5]
         state = torch.tensor(twin.state)[None]
         for _ in range(50):
             side = int(dice.integers(2))
@@ -215,6 +215,8 @@ def test_cart_and_pole_move_as_gymnasiums_and_the_reward_is_how_upright_the_pole
             assert state[0].numpy() == pytest.approx(twin.state, abs=1e-12)
             assert reward.item() == pytest.approx((1 + np.cos(twin.state[2])) / 2)
             assert bool(ended) == (abs(twin.state[0]) > 2.4)
+            ends.add(np.sign(twin.state[0]) * bool(ended))
+    assert ends >= {-1, 0, 1}  # it came to both ends of its track
 
 
 def test_the_acrobot_moves_as_gymnasiums_and_the_reward_is_the_height_of_its_tip():

@@ -135,6 +135,7 @@ def test_a_resume_in_the_middle_of_the_second_episode_is_exact(tmp_path):
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert all(torch.equal(*pair) for pair in zip(expected, play(other, moves[530:]), strict=True))
     assert torch.equal(tasks, other.sample_tasks(4))
+    assert torch.equal(env.reset()[0], other.reset()[0])  # at the same places, drawn from the same dice
 
 
 def test_a_name_that_meta_world_does_not_have_lists_those_it_has():

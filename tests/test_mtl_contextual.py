@@ -559,7 +559,42 @@ def test_each_named_task_has_its_own_reward_scale():
         mtl.task_scales(common.make("PointGoal-v0", 5), tasks, small_args(mtl, reward_scale=(1.0, 2.0)))
 
 
-# ---- evaluation
+# ---- collection and evaluation
+
+
+def check_collection(module, folder):
+    """Told its own task, every step counted by the normalizer, gradient steps in proportion to steps."""
+    flags = "--env-id PointRobot-v0 --train-tasks 4 --num-tasks 2 --batch-size 5 --episodes-per-task 2"
+    flags += " --updates-per-step 0.05 --eval-tasks 5 --total-timesteps 320 --hidden-size 4 --device cpu"
+    steps, told, shipped_step, shipped_rollout = [], [], module.sac_step, module.rollout
+
+    def rollout(agent, act_fn, env, context, *settings):
+        episode = shipped_rollout(agent, act_fn, env, context, *settings)
+        told.append(torch.equal(context, env._task))
+        return episode
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "sac_step", lambda *a: steps.append(1) or shipped_step(*a))
+        patch.setattr(module, "rollout", rollout)
+        module.main([*flags.split(), "--run-dir", str(folder)])
+    (run,) = folder.iterdir()
+    modules = mtl.load_checkpoint(run)["modules"]
+    assert len(steps) == 16 and modules["replay"]["count"] == 4  # 4 tasks x 2 episodes x 20 steps, twice
+    assert modules["agent"]["normalizer.count"] == 320
+    assert len(told) == 6 and all(told)  # in evaluation, too
+
+
+def test_collection_and_evaluation_tell_each_environment_its_own_task(tmp_path):
+    check_collection(mtl, tmp_path / "shipped")
+    traps = (
+        ("agent.normalizer.see(inputs_of(episode, contexts))", "pass"),
+        ("contexts = adapt(agent.tasks, agent", "contexts = adapt(agent.tasks.flip(0), agent"),
+        ("context = adapt(tasks, agent", "context = adapt(tasks.flip(0), agent"),
+        ("count = max(1, round(steps * args.updates_per_step))", "count = 1"),
+    )
+    for number, trap in enumerate(traps):
+        with pytest.raises(AssertionError):
+            check_collection(mutant("mtl_contextual", *trap), tmp_path / str(number))
 
 
 def quick_evaluate(module, env_id="PointRobot-v0", num_tasks=5, **changes):
