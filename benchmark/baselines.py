@@ -8,6 +8,7 @@ held against.
     python -m benchmark.baselines points
     python -m benchmark.baselines locomotion   # needs mujoco; some minutes
     python -m benchmark.baselines goals        # needs mujoco; point maze, sparse reacher, classic control
+    python -m benchmark.baselines pairs        # needs mujoco; the target domains; some minutes
     python -m benchmark.baselines all --tasks 500
 
 Each prints a table with standard errors beside the paper's numbers, then the dict literal that stands in
@@ -24,6 +25,7 @@ import gymnasium as gym
 import torch
 
 import common
+from common.pairs import GOAL, LEFT, RIGHT, STRIDE
 
 SEED = 7  # of play: noise and the players' own dice. The held-out tasks have a frozen seed of their own
 
@@ -815,6 +817,38 @@ def locomotion(num_tasks=40):
     simple_players(ids_of("common.locomotion"), num_tasks, 20, 1)
 
 
+def play_wall(env, tasks, player):
+    """Returns of one episode [B] in PointWall. straight: to the goal; around: by the wall's nearer end."""
+    env.set_tasks(tasks)
+    obs, _ = env.reset(seed=SEED)
+    total, alive, goal = torch.zeros(env.num_envs), torch.ones(env.num_envs), torch.tensor(GOAL)
+    for _ in range(env.horizon):
+        aim = goal.expand_as(obs).clone()
+        x, y = obs.unbind(1)
+        if player == "around":
+            corner = (tasks[:, 0] + 0.02).copysign(y)
+            level = (x > LEFT - 0.1) & (x < RIGHT)  # from here on it has to be past the end
+            aim[:, 1] = torch.where((x < RIGHT) & (y.abs() < corner.abs()) | level, corner, aim[:, 1])
+            aim[:, 0] = torch.where(level & (y.abs() < tasks[:, 0]), x, aim[:, 0])
+        obs, reward, terminated, truncated, _ = env.step(((aim - obs) / STRIDE).clamp(-1, 1))
+        total += alive * reward
+        alive *= ~(terminated | truncated)
+    return total
+
+
+def pairs(num_tasks=100):
+    """The target domain, for players that know nothing or know the way."""
+    env = common.make("PointWall-v0", num_envs=20 * num_tasks, seed=SEED)
+    tasks = env.sample_tasks(num_tasks, split="test").repeat_interleave(20, 0)
+    results = {player: play_wall(env, tasks, player) for player in ("straight", "around")}
+    results = {"random": play_locomotion(env, tasks, "random"), **results}
+    rows = [(player, [mean_and_error(returns)]) for player, returns in results.items()]
+    print_table("PointWall-v0, the target", ["player", "return"], rows)
+    print_literal("REFERENCES", {player: returns.mean().item() for player, returns in results.items()}, 2)
+    simple_players(["GaussianPair-v0"], num_tasks, 20, 2)
+    simple_players(ids_of("common.shifts"), min(num_tasks, 40), 2, 1)
+
+
 def goals(num_tasks=1000):
     simple_players(ids_of("common.pointmaze", "common.reacher", "common.classic"), num_tasks, 5, 2)
 
@@ -824,7 +858,7 @@ def goals(num_tasks=1000):
 
 def main():
     families = {"bandits": bandits, "tabular": tabular, "gridnavi": gridnavi, "maze": maze, "points": points}
-    families |= {"locomotion": locomotion, "goals": goals}
+    families |= {"locomotion": locomotion, "goals": goals, "pairs": pairs}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

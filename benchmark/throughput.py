@@ -84,7 +84,7 @@ def env_steps(device, counts=(64, 1024, 16384)):
         + "   at 1,024 against the bare dynamics"
     )
     bare = bare_steps(1024, device)
-    slow = ids_of("common.locomotion", "common.reacher", "common.metaworld")
+    slow = ids_of("common.locomotion", "common.reacher", "common.shifts", "common.metaworld")
     for env_id in sorted(set(common.ids()) - set(slow)):
         cells = []
         for count in counts:

@@ -34,6 +34,17 @@ for _id, _entry, _kwargs in [
     ("HumanoidDir-v0", "common.locomotion:HumanoidDir", {}),
     ("Walker2dRandParams-v0", "common.locomotion:Walker2dRandParams", {}),
     ("HopperRandParams-v0", "common.locomotion:HopperRandParams", {}),
+    ("PointWall-v0", "common.pairs:PointWall", {}),
+    ("GaussianPair-v0", "common.pairs:GaussianPair", {}),
+    ("BrokenReacher-v0", "common.shifts:ReacherPair", {"shift": "Broken"}),
+    ("BrokenHalfCheetah-v0", "common.shifts:HalfCheetahPair", {"shift": "Broken"}),
+    ("BrokenAnt-v0", "common.shifts:AntPair", {"shift": "Broken"}),
+    ("HalfCheetahObstacle-v0", "common.shifts:HalfCheetahObstacle", {"shift": "Obstacle"}),
+    *[
+        (f"{body}{shift}-v0", f"common.shifts:{body}Pair", {"shift": shift})
+        for body in ("HalfCheetah", "Hopper", "Walker2d", "Ant")
+        for shift in ("Gravity0.5", "Gravity2", "Friction0.5", "Friction2", "JointRange0.5")
+    ],
     ("MT3", "common.metaworld:make", {"benchmark": "MT3"}),
     ("MT10", "common.metaworld:make", {"benchmark": "MT10"}),
     ("MT50", "common.metaworld:make", {"benchmark": "MT50"}),

@@ -71,7 +71,7 @@ class Locomotion(TaskVectorEnv):
     low, high, task_dim = -1, 1, 1  # of a task row
 
     def __init__(self, num_envs, horizon=200, nthread=None, device="cpu", seed=None):
-        self.model = model = load_model(self.xml)
+        self.model = model = self._load()
         low, high = model.actuator_ctrlrange[0]
         obs_space, actions = box(-np.inf, np.inf, (self.obs_dim,)), box(low, high, (model.nu,))
         super().__init__(num_envs, obs_space, actions, self._task_box(), horizon, device, seed)
@@ -157,6 +157,13 @@ class Locomotion(TaskVectorEnv):
 
     # ---- worlds
 
+    def _load(self):
+        """The model that all worlds begin with."""
+        return load_model(self.xml)
+
+    def _furnish(self, worlds):
+        """Called when these worlds have a fresh pose: a place to change it."""
+
     def _find(self):
         return self._qpos[:, :1].copy()
 
@@ -178,6 +185,7 @@ class Locomotion(TaskVectorEnv):
         self._batch.state[worlds] = self._blank
         self._qpos[worlds] += noise * qpos.numpy()
         self._qvel[worlds] += noise * qvel.numpy()
+        self._furnish(worlds)
         if self.fresh_stage is not None:
             self._batch.forward(worlds, stage=self.fresh_stage)
         self._place[worlds] = self._find()[worlds]
@@ -201,13 +209,14 @@ class Locomotion(TaskVectorEnv):
         return [part.view(tensor.shape).to(tensor.dtype, copy=True) for part, tensor in parts]
 
 
-def load_model(xml):
-    """One of the XML files that Gymnasium ships."""
+def load_model(xml, fixtures=""):
+    """One of the XML files that Gymnasium ships. fixtures: XML of what stands in its world besides."""
+    text = (Path(gym.__file__).parent / "envs/mujoco/assets" / xml).read_text()
     before = mujoco.get_mju_user_warning()
     # half_cheetah.xml uses a deprecated attribute: MuJoCo would write a log file into the current folder
     mujoco.set_mju_user_warning(lambda message: None)
     try:
-        return mujoco.MjModel.from_xml_path(str(Path(gym.__file__).parent / "envs/mujoco/assets" / xml))
+        return mujoco.MjModel.from_xml_string(text.replace("</worldbody>", f"{fixtures}</worldbody>"))
     finally:
         mujoco.set_mju_user_warning(before)
 

@@ -19,11 +19,32 @@ from common.locomotion import Locomotion
 RADIUS = 0.02  # m, how near is at the goal
 
 
-class ReacherGoal(Locomotion):
+class Reacher(Locomotion):
+    """The body of Reacher-v5. Hook: _goals(worlds) -> [n, 2], where the goals of new episodes are, in m."""
+
+    xml, frame_skip = "reacher.xml", 2
+    fresh_stage = mujoco.mjtStage.mjSTAGE_POS  # the fingertip's place after a reset
+
+    def _find(self):
+        tip = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_BODY, "fingertip")
+        return self._batch.bind("xpos")[:, tip, :2].copy()
+
+    def _furnish(self, worlds):
+        self._qvel[worlds, :2] *= 0.05  # U[-.005, .005]; angles keep U[-.1, .1]
+        self._qvel[worlds, 2:] = 0
+        self._qpos[worlds, 2:] = self._goals(worlds)  # the goal is a body that never moves
+
+
+def in_the_disc(u):
+    """[n, 2] uniform on [0, 1) -> [n, 2] uniform in the disc of radius .2 m."""
+    radius, angle = 0.2 * u[:, :1].sqrt(), 2 * torch.pi * u[:, 1:]
+    return radius * torch.cat([angle.cos(), angle.sin()], 1)
+
+
+class ReacherGoal(Reacher):
     """task_dim 2, in m; obs [B, 8], actions in [-1, 1]^2, horizon 50."""
 
-    xml, frame_skip, obs_dim = "reacher.xml", 2, 8
-    fresh_stage = mujoco.mjtStage.mjSTAGE_POS  # the fingertip's place after a reset
+    obs_dim = 8
     low, high, task_dim = -0.2, 0.2, 2
     has_success = True
 
@@ -33,23 +54,15 @@ class ReacherGoal(Locomotion):
         self.references = REFERENCES["ReacherGoal-v0"] if horizon == 50 else {}
 
     def _to_task(self, u):
-        radius, angle = 0.2 * u[:, :1].sqrt(), 2 * torch.pi * u[:, 1:]
-        return radius * torch.cat([angle.cos(), angle.sin()], 1)
+        return in_the_disc(u)
 
-    def _find(self):
-        tip = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_BODY, "fingertip")
-        return self._batch.bind("xpos")[:, tip, :2].copy()
+    def _goals(self, worlds):
+        return self._goal[worlds]
 
     def _look(self, worlds=slice(None)):
         angle, velocity = self._qpos[worlds, :2], self._qvel[worlds, :2]
         parts = [np.cos(angle), np.sin(angle), velocity, self._place[worlds]]
         return torch.from_numpy(np.concatenate(parts, 1).astype(np.float32))
-
-    def _restart(self, worlds, noise=None):
-        super()._restart(worlds, noise)  # angles + U[-.1, .1]
-        self._qvel[worlds, :2] *= 0.05  # U[-.005, .005]
-        self._qvel[worlds, 2:] = 0
-        self._qpos[worlds, 2:] = self._goal[worlds]  # the goal is a body that never moves
 
     def _pay(self, velocity, place):
         self._near = self._reached(torch.from_numpy(place.astype(np.float32)), self._task.cpu()).numpy()

@@ -267,7 +267,16 @@ def test_point_constants(env_id):
 
 
 @pytest.mark.parametrize(
-    "env_id", ["HalfCheetahDir-v0", "HopperRandParams-v0", "ReacherGoal-v0", "PendulumSwingUp-v0"]
+    "env_id",
+    [
+        "HalfCheetahDir-v0",
+        "HopperRandParams-v0",
+        "ReacherGoal-v0",
+        "PendulumSwingUp-v0",
+        "BrokenReacher-v0",
+        "HopperGravity2-v0",
+        "GaussianPair-v0",
+    ],
 )
 @pytest.mark.parametrize("player", ["random", "still"])
 def test_the_constants_of_simple_players_are_what_the_players_reach(env_id, player):
@@ -276,3 +285,11 @@ def test_the_constants_of_simple_players_are_what_the_players_reach(env_id, play
     tasks = env.sample_tasks(40, split="test").repeat_interleave(2, 0)
     mean, error = baselines.mean_and_error(baselines.play_locomotion(env, tasks, player).view(40, 2).mean(1))
     assert abs(mean - env.references[player]) < 4 * error + 0.1
+
+
+@pytest.mark.parametrize("player", ["straight", "around"])
+def test_the_constants_of_the_wall_are_what_the_players_reach(player):
+    env = common.make("PointWall-v0", num_envs=1000, seed=0)
+    tasks = env.sample_tasks(100, split="test").repeat_interleave(10, 0)
+    mean, error = baselines.mean_and_error(baselines.play_wall(env, tasks, player))
+    assert abs(mean - env.references[player]) < 6 * error  # of both
