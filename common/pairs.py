@@ -3,13 +3,13 @@
 A domain is a task row. sample_tasks draws the source, where practice is cheap, and split="test" is the
 target, where the policy will have to act; named_tasks has one row of each.
 
-PointWall-v0     A room, [-1, 1]^2. The point has to get within .1 of (.85, 0), which ends the episode, in at
-                 most 50 steps; it starts anywhere but in the strip .45 < x < .65. obs is the position, an action
-                 in [-1, 1]^2 moves it by a tenth of itself. Reward = -distance to the goal after the step.
-                 The task row is how far a wall in that strip reaches to both sides of its middle: not at all
-                 in the source, .6 in the target. What runs into the wall slides along it. This is the
-                 picture by which the problem is taught, and figure 2 of DARC without its grid (Eysenbach et
-                 al. 2021, arXiv:2006.13916).
+PointWall-v0     A room, [-1, 1]^2. The point starts anywhere but in the strip .45 < x < .65, and within .1 of
+                 (.85, 0) its episode ends, or after 50 steps. obs is the position, an action in [-1, 1]^2
+                 moves it by a tenth of itself. Reward = -distance to (.85, 0) after the step. The task row is
+                 how far a wall in that strip reaches to both sides of its middle: not at all in the source,
+                 .6 in the target. What runs into the wall slides along it. This is the picture by which the
+                 problem is taught, and figure 2 of DARC without its grid (Eysenbach et al. 2021,
+                 arXiv:2006.13916).
 GaussianPair-v0  s' = (s + a) / 2 + shift + std * N(0, 1): the task row is (shift, std), (0, 1) in the source
                  and (.5, .8) in the target. The log-density of a step is known, and so is what a pair of
                  classifiers should say. Start N(0, 1), reward = -|s'|, 20 steps.
