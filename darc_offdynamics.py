@@ -53,7 +53,11 @@ DIFFERS FROM THE PAPER
         differently, and the actor's loss has none. The released code weighs that, too. Weights are kept
         below 10, as a ratio knows no bound.
     D7  Smaller networks by default, a larger step size and a shorter warm-up than the paper's (2 x 256,
-        3e-4, 1e5): the default task is smaller, too.
+        3e-4, 1e5): the default task is smaller, too. Classifiers see half as many transitions of each domain
+        as SAC does of its own.
+    D8  delta r is in nats, and the derivation has the entropy's temperature at 1. With rewards in other units
+        and a temperature that is learned, what a nat costs is a choice: correction_scale, which the released
+        code has, too. Where steps earn a tenth, errors of a tenth of a nat decide everything at 1.
 
 TRAPS (each has a test; it goes red when the trap is put in)
     T1  A softmax in the classifier and another in its loss: probabilities are taken for logits, and the
@@ -125,6 +129,7 @@ class Args:
     target_env_id: str = ""  # whose held-out tasks are the target; empty: env_id itself, a pair
     method: str = "darc"  # darc, importance_weighting, source (no correction) or target (SAC there)
     target_ratio: float = 0.1  # target steps for each source step
+    correction_scale: float = 1.0  # factor on delta r: in units of the reward, what a nat costs [D8]
     target_in_sac: bool = False  # let the target's transitions into SAC as well, as they are
     warmup_steps: int = 5000  # source steps before the correction counts, while the classifiers train
     input_noise: float = 0.1  # deviation of the noise on the classifiers' normalised inputs, in training
@@ -492,7 +497,8 @@ def darc_step(agent, optimizer, source, target, correcting, args):
     """
     metrics = {}
     if source is not None and target is not None:  # T11: during the warm-up, too
-        losses = classifier_loss(agent.classifiers, source, target, args.input_noise, args.decay)
+        halves = [{name: value[:, ::2] for name, value in domain.items()} for domain in (source, target)]
+        losses = classifier_loss(agent.classifiers, *halves, args.input_noise, args.decay)
         descend(optimizer, sum(losses), list(agent.classifiers.parameters()))
         metrics = {"losses/classifier_sas": losses[0], "losses/classifier_sa": losses[1]}
     batch = adapt(agent.classifiers, source, target, correcting, args)
@@ -561,6 +567,7 @@ def adapt(classifiers, source, target, correcting, args):
     if correcting and args.method in ("darc", "importance_weighting"):
         delta = reward_correction(classifiers, *(source[name] for name in ("obs", "action", "next_obs")))
         if args.method == "darc":  # T12: exact for deterministic dynamics
+            delta = args.correction_scale * delta
             batch |= {"reward": source["reward"] + delta, "correction": delta}
         else:
             batch["weight"] = delta.exp().clamp(max=MOST)

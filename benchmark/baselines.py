@@ -817,8 +817,8 @@ def locomotion(num_tasks=40):
     simple_players(ids_of("common.locomotion"), num_tasks, 20, 1)
 
 
-def play_wall(env, tasks, player):
-    """Returns of one episode [B] in PointWall. straight: to the goal; around: by the wall's nearer end."""
+def play_wall(env, tasks, player, wall):
+    """Returns of one episode [B]. straight: to the goal; around: by the nearer end of the wall [B, 1]."""
     env.set_tasks(tasks)
     obs, _ = env.reset(seed=SEED)
     total, alive, goal = torch.zeros(env.num_envs), torch.ones(env.num_envs), torch.tensor(GOAL)
@@ -826,10 +826,10 @@ def play_wall(env, tasks, player):
         aim = goal.expand_as(obs).clone()
         x, y = obs.unbind(1)
         if player == "around":
-            corner = (tasks[:, 0] + 0.02).copysign(y)
+            corner = (wall[:, 0] + 0.02).copysign(y)
             level = (x > LEFT - 0.1) & (x < RIGHT)  # from here on it has to be past the end
             aim[:, 1] = torch.where((x < RIGHT) & (y.abs() < corner.abs()) | level, corner, aim[:, 1])
-            aim[:, 0] = torch.where(level & (y.abs() < tasks[:, 0]), x, aim[:, 0])
+            aim[:, 0] = torch.where(level & (y.abs() < wall[:, 0]), x, aim[:, 0])
         obs, reward, terminated, truncated, _ = env.step(((aim - obs) / STRIDE).clamp(-1, 1))
         total += alive * reward
         alive *= ~(terminated | truncated)
@@ -838,13 +838,17 @@ def play_wall(env, tasks, player):
 
 def pairs(num_tasks=100):
     """The target domain, for players that know nothing or know the way."""
-    env = common.make("PointWall-v0", num_envs=20 * num_tasks, seed=SEED)
-    tasks = env.sample_tasks(num_tasks, split="test").repeat_interleave(20, 0)
-    results = {player: play_wall(env, tasks, player) for player in ("straight", "around")}
-    results = {"random": play_locomotion(env, tasks, "random"), **results}
-    rows = [(player, [mean_and_error(returns)]) for player, returns in results.items()]
-    print_table("PointWall-v0, the target", ["player", "return"], rows)
-    print_literal("REFERENCES", {player: returns.mean().item() for player, returns in results.items()}, 2)
+    constants = {}
+    for env_id in ("PointWall-v0", "PointDoor-v0"):
+        env = common.make(env_id, num_envs=20 * num_tasks, seed=SEED)
+        tasks = env.sample_tasks(num_tasks, split="test").repeat_interleave(20, 0)
+        wall = common.make("PointWall-v0", 1).named_tasks["target"].expand_as(tasks)
+        results = {"random": play_locomotion(env, tasks, "random")}
+        results |= {player: play_wall(env, tasks, player, wall) for player in ("straight", "around")}
+        rows = [(player, [mean_and_error(returns)]) for player, returns in results.items()]
+        print_table(f"{env_id}, the target", ["player", "return"], rows)
+        constants[env_id] = {player: returns.mean().item() for player, returns in results.items()}
+    print_literal("REFERENCES", constants, 2)
     simple_players(["GaussianPair-v0"], num_tasks, 20, 2)
     simple_players(ids_of("common.shifts"), min(num_tasks, 40), 2, 1)
 

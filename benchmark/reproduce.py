@@ -90,6 +90,8 @@ MT = (
     " --eval-tasks {3} --eval-every 20 --save-every 20 --total-timesteps {4}"
 )
 
+AS_MUCH_TARGET = "--method target --total-timesteps 5500 --updates-per-step 2"  # steps and gradient steps
+
 # name: (script, flags, seeds, minutes a run on one core, reference)
 ENTRIES = {
     "rl2_bandit5_n10": ("rl2_ppo.py", "", (1, 2, 3), 3, "Bayes-optimal 6.660, paper 6.7"),
@@ -209,6 +211,30 @@ ENTRIES = {
         (1,),
         1200,
         "multi-task SAC about .75 at 20 M steps",
+    ),
+    "darc_pointwall": ("darc_offdynamics.py", "", (1, 2, 3), 3, "success .9, around the wall -9.39"),
+    "darc_pointwall_source": ("darc_offdynamics.py", "--method source", (1, 2, 3), 2, "success .3 at most"),
+    "darc_pointwall_weighting": (
+        "darc_offdynamics.py",
+        "--method importance_weighting",
+        (1, 2, 3),
+        3,
+        "paper: below DARC",
+    ),
+    "darc_pointwall_target": ("darc_offdynamics.py", AS_MUCH_TARGET, (1, 2, 3), 2, "as many target steps"),
+    "darc_pointdoor": (
+        "darc_offdynamics.py",
+        "--env-id PointDoor-v0",
+        (1,),
+        3,
+        "straight -6.03: not reached",
+    ),
+    "darc_pointdoor_target": (
+        "darc_offdynamics.py",
+        f"--env-id PointDoor-v0 {AS_MUCH_TARGET}",
+        (1,),
+        2,
+        "straight -6.03",
     ),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }

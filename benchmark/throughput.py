@@ -17,6 +17,7 @@ import gymnasium as gym
 import torch
 
 import common
+import darc_offdynamics
 import maml_trpo
 import mtl_contextual
 import pearl_sac
@@ -238,6 +239,67 @@ def mtl(device, repeats=5, count=20, compiled=False, **flags):
     print(f"  {1 / learning:.1f} gradient steps/s, hindsight takes {share:.1%} of that time")
 
 
+def darc(device, repeats=5, count=100, compiled=False, **changes):
+    """Iterations/s of darc_offdynamics.py at ODRL's sizes: a step of the source and a gradient step each."""
+    device = torch.device(device)
+    sizes = {"env_id": "BrokenHalfCheetah-v0", "hidden_size": 256, "batch_size": 256, "replay_episodes": 20}
+    args = dataclasses.replace(darc_offdynamics.Args(), **{**sizes, **changes})
+    torch.manual_seed(0)
+    envs = darc_offdynamics.make_domains(args, args.num_envs, device, (0, 1))
+    source = envs["source"]
+    obs_dim, space = source.single_observation_space.shape[0], source.single_action_space
+    agent = darc_offdynamics.make_domain_agent(obs_dim, space, args).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True)
+    shape = (args.num_envs, args.replay_episodes, source.horizon, obs_dim, space.shape[0], device)
+    replays = {name: darc_offdynamics.ReplayBuffer(*shape) for name in envs}
+    step_fn = torch.compile(darc_offdynamics.darc_step) if compiled else darc_offdynamics.darc_step
+    for number, (name, env) in enumerate(envs.items()):
+        play = (agent, darc_offdynamics.sample_action, env, replays[name], number)
+        darc_offdynamics.play_domain(*play)
+
+    def learn():
+        darc_offdynamics.update(agent, optimizer, step_fn, replays, count, args)
+
+    start = rl2_ppo.clock(device)
+    darc_offdynamics.rollout(agent, darc_offdynamics.sample_action, source)
+    playing = (rl2_ppo.clock(device) - start) / source.horizon / args.num_envs
+    learning = median_seconds(learn, device, repeats) / count
+    raw = products_seconds(obs_dim, space.shape[0], args, device)
+    shape = f"batch {args.batch_size}, {args.hidden_layers} x {args.hidden_size}"
+    print(f"\ndarc_offdynamics.py, --method {args.method}: {shape}, {device}{', compiled' * compiled}")
+    print(
+        f"  {1 / (learning + playing):.1f} iterations/s, of which playing {playing / (learning + playing):.1%}"
+    )
+    print(f"  the matrix products alone: {1 / raw:.0f}/s, {raw / (learning + playing):.0%} of that time")
+
+
+def products_seconds(obs_dim, action_dim, args, device):
+    """The raw limit of a gradient step: its matrix products, forwards and backwards, and nothing else."""
+    batch, hidden = args.batch_size, args.hidden_size
+    classifying = args.method in ("darc", "importance_weighting")
+
+    def products(rows, sizes, nets, passes):
+        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+            x = torch.randn(nets, rows, fan_in, device=device)
+            yield from [(x, torch.randn(nets, fan_in, fan_out, device=device))] * passes
+
+    q = [obs_dim + action_dim] + [hidden] * args.hidden_layers + [1]
+    pi = [obs_dim] + [hidden] * args.hidden_layers + [2 * action_dim]
+    sas = [3 * obs_dim + action_dim] + [hidden] * args.hidden_layers + [2]
+    sa = [obs_dim + action_dim] + [hidden] * args.hidden_layers + [2]
+    # forward 1, backward 2; the actor's loss needs no gradient of the critics' weights
+    work = [*products(batch, pi, 1, 4), *products(batch, q, 2, 1 + 3 + 2)]
+    if classifying:
+        work += [*products(batch, sas, 1, 3), *products(batch, sa, 1, 3)]
+        work += [*products(batch, sas, 1, 1), *products(batch, sa, 1, 1)]
+
+    def multiply():
+        for x, w in work:
+            x @ w
+
+    return median_seconds(multiply, device, 20)
+
+
 def metaworld(steps=300, repeats=3):
     """Env steps/s of MT10 in common/, beside Meta-World's own vector environment, in turns."""
     ours = common.make("MT10", 10, seed=1)
@@ -315,7 +377,7 @@ def rl2(device, env_id, repeats=7, compiled=False, **flags):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", help="envs, physics, rl2, maml, pearl, mtl, metaworld; none: all")
+    parser.add_argument("what", nargs="*", help="envs, physics, rl2, maml, pearl, mtl, darc, metaworld; all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's own choice")
     options = parser.parse_args()
@@ -323,7 +385,7 @@ def main():
         torch.set_num_threads(options.threads)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.machine()}, {name}")
-    what = set(options.what) or {"envs", "physics", "rl2", "maml", "pearl", "mtl"}
+    what = set(options.what) or {"envs", "physics", "rl2", "maml", "pearl", "mtl", "darc"}
     if "envs" in what:
         env_steps(options.device)
     if "physics" in what:
@@ -351,6 +413,10 @@ def main():
         ):
             for compiled in (False, True) if options.device == "cuda" else (False,):
                 mtl(options.device, compiled=compiled, **flags)
+    if "darc" in what:
+        for method in ("darc", "source"):
+            for compiled in (False, True) if options.device == "cuda" else (False,):
+                darc(options.device, compiled=compiled, method=method)
     if "metaworld" in what:
         metaworld()
     if "rl2" in what:

@@ -35,6 +35,7 @@ for _id, _entry, _kwargs in [
     ("Walker2dRandParams-v0", "common.locomotion:Walker2dRandParams", {}),
     ("HopperRandParams-v0", "common.locomotion:HopperRandParams", {}),
     ("PointWall-v0", "common.pairs:PointWall", {}),
+    ("PointDoor-v0", "common.pairs:PointDoor", {}),
     ("GaussianPair-v0", "common.pairs:GaussianPair", {}),
     ("BrokenReacher-v0", "common.shifts:ReacherPair", {"shift": "Broken"}),
     ("BrokenHalfCheetah-v0", "common.shifts:HalfCheetahPair", {"shift": "Broken"}),

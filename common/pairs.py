@@ -10,6 +10,7 @@ PointWall-v0     A room, [-1, 1]^2. The point starts anywhere but in the strip .
                  .6 in the target. What runs into the wall slides along it. This is the picture by which the
                  problem is taught, and figure 2 of DARC without its grid (Eysenbach et al. 2021,
                  arXiv:2006.13916).
+PointDoor-v0     The other way round: the wall is in the source, and the target has none.
 GaussianPair-v0  s' = (s + a) / 2 + shift + std * N(0, 1): the task row is (shift, std), (0, 1) in the source
                  and (.5, .8) in the target. The log-density of a step is known, and so is what a pair of
                  classifiers should say. Start N(0, 1), reward = -|s'|, 20 steps.
@@ -54,7 +55,7 @@ class PointWall(Pair):
         square = box(-1, 1, (2,))
         super().__init__(num_envs, square, square, box(0, 1, (1,)), horizon, device, seed)
         self._goal = torch.tensor(GOAL, device=self.device)
-        self.references = REFERENCES["PointWall-v0"] if horizon == 50 else {}
+        self.references = REFERENCES[f"{type(self).__name__}-v0"] if horizon == 50 else {}
 
     def _start(self):
         u = torch.rand(self.num_envs, 2, generator=self._generator, device=self.device)
@@ -76,6 +77,12 @@ class PointWall(Pair):
         distance = torch.hypot(*(place - self._goal).unbind(1))
         near = distance < RADIUS
         return place, -distance, near, {"success": near.clone()}
+
+
+class PointDoor(PointWall):
+    """The same, of which the source is the harder half: what the target allows cannot be practised."""
+
+    rows = {"source": [0.6], "target": [0.0]}
 
 
 class GaussianPair(Pair):
@@ -112,5 +119,6 @@ class GaussianPair(Pair):
 # is best in the source, "around" by the nearer end of the wall, as is nearly best in the target
 REFERENCES = {
     "PointWall-v0": {"random": -55.75, "straight": -18.24, "around": -9.39},
+    "PointDoor-v0": {"random": -55.51, "straight": -6.03, "around": -9.39},
     "GaussianPair-v0": {"random": -22.69, "still": -22.16},
 }

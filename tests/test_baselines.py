@@ -287,9 +287,11 @@ def test_the_constants_of_simple_players_are_what_the_players_reach(env_id, play
     assert abs(mean - env.references[player]) < 4 * error + 0.1
 
 
+@pytest.mark.parametrize("env_id", ["PointWall-v0", "PointDoor-v0"])
 @pytest.mark.parametrize("player", ["straight", "around"])
-def test_the_constants_of_the_wall_are_what_the_players_reach(player):
-    env = common.make("PointWall-v0", num_envs=1000, seed=0)
+def test_the_constants_of_the_wall_are_what_the_players_reach(env_id, player):
+    env = common.make(env_id, num_envs=1000, seed=0)
     tasks = env.sample_tasks(100, split="test").repeat_interleave(10, 0)
-    mean, error = baselines.mean_and_error(baselines.play_wall(env, tasks, player))
+    returns = baselines.play_wall(env, tasks, player, torch.full((1000, 1), 0.6))
+    mean, error = baselines.mean_and_error(returns)
     assert abs(mean - env.references[player]) < 6 * error  # of both

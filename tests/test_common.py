@@ -22,7 +22,7 @@ MODULE = {id: gym.spec(id).vector_entry_point.split(":")[0] for id in IDS}
 IDS = [id for id in IDS if MODULE[id] != "common.metaworld"]  # tests/test_metaworld.py looks at these
 IDS = [id for id in IDS if "0.5" not in id and "Friction" not in id]  # tests/test_pairs.py looks at these
 LOCOMOTION = [id for id in IDS if MODULE[id] in ("common.locomotion", "common.reacher", "common.shifts")]
-RANDOM_STARTS = ["PointRobot-v0", "PointMaze-v0", "PointWall-v0", "GaussianPair-v0"]
+RANDOM_STARTS = ["PointRobot-v0", "PointMaze-v0", "PointWall-v0", "PointDoor-v0", "GaussianPair-v0"]
 PAIRS = [id for id in IDS if MODULE[id] in ("common.pairs", "common.shifts")]
 RANDOM_STARTS += [id for id in IDS if MODULE[id] == "common.classic"]
 if importlib.util.find_spec("mujoco") is None:

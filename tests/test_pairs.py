@@ -37,7 +37,7 @@ def domain(env_id, name, num_envs=B, seed=0, **kwargs):
 # ---- what all pairs promise
 
 
-@pytest.mark.parametrize("env_id", ["PointWall-v0", "GaussianPair-v0", *PAIRS])
+@pytest.mark.parametrize("env_id", ["PointWall-v0", "PointDoor-v0", "GaussianPair-v0", *PAIRS])
 def test_the_source_is_trained_on_and_the_target_is_held_out(env_id):
     if env_id in PAIRS:
         pytest.importorskip("mujoco")
