@@ -267,10 +267,9 @@ def darc(device, repeats=5, count=100, compiled=False, **changes):
     raw = products_seconds(obs_dim, space.shape[0], args, device)
     shape = f"batch {args.batch_size}, {args.hidden_layers} x {args.hidden_size}"
     print(f"\ndarc_offdynamics.py, --method {args.method}: {shape}, {device}{', compiled' * compiled}")
-    print(
-        f"  {1 / (learning + playing):.1f} iterations/s, of which playing {playing / (learning + playing):.1%}"
-    )
-    print(f"  the matrix products alone: {1 / raw:.0f}/s, {raw / (learning + playing):.0%} of that time")
+    total = learning + playing
+    print(f"  {1 / total:.1f} iterations/s, of which playing {playing / total:.1%}")
+    print(f"  the matrix products alone: {1 / raw:.0f}/s, {raw / total:.0%} of that time")
 
 
 def products_seconds(obs_dim, action_dim, args, device):
