@@ -90,6 +90,16 @@ MT = (
     " --eval-tasks {3} --eval-every 20 --save-every 20 --total-timesteps {4}"
 )
 
+BROKEN_REACHER = (
+    "--env-id BrokenReacher-v0 --warmup-steps 15000 --input-noise 0.4 --correction-scale 0.1 --gamma 0.95"
+    " --lr 5e-4 --tau 0.005 --updates-per-step 0.07 --total-timesteps 165000"
+)
+TEN = tuple(range(1, 11))
+BROKEN_CHEETAH = (
+    "--env-id BrokenHalfCheetah-v0 --num-envs 4 --warmup-steps 20000 --input-noise 0.4 --gamma 0.99"
+    " --tau 0.005 --hidden-size 256 --updates-per-step 0.2 --replay-episodes 100 --total-timesteps 330000"
+    " --eval-tasks 20 --eval-every 4 --save-every 10"
+)
 AS_MUCH_TARGET = "--method target --total-timesteps 5500 --updates-per-step 2"  # steps and gradient steps
 
 # name: (script, flags, seeds, minutes a run on one core, reference)
@@ -235,6 +245,37 @@ ENTRIES = {
         (1,),
         2,
         "straight -6.03",
+    ),
+    "darc_reacher": ("darc_offdynamics.py", BROKEN_REACHER, TEN, 2, "above the next two"),
+    "darc_reacher_source": ("darc_offdynamics.py", f"{BROKEN_REACHER} --method source", TEN, 1, "below DARC"),
+    "darc_reacher_weighting": (
+        "darc_offdynamics.py",
+        f"{BROKEN_REACHER} --method importance_weighting",
+        TEN,
+        2,
+        "below DARC",
+    ),
+    "darc_reacher_target": (
+        "darc_offdynamics.py",
+        f"{BROKEN_REACHER} --method target --total-timesteps 150000",
+        (1, 2, 3),
+        1,
+        "ten times the target's steps: DARC within 10 %",
+    ),
+    "darc_cheetah": ("darc_offdynamics.py", BROKEN_CHEETAH, (1,), 30, "above the next two"),
+    "darc_cheetah_source": (
+        "darc_offdynamics.py",
+        f"{BROKEN_CHEETAH} --method source",
+        (1,),
+        15,
+        "below DARC",
+    ),
+    "darc_cheetah_weighting": (
+        "darc_offdynamics.py",
+        f"{BROKEN_CHEETAH} --method importance_weighting",
+        (1,),
+        30,
+        "below DARC",
     ),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import common
+import darc_offdynamics
 import maml_trpo
 import mtl_contextual
 import pearl_sac
-from benchmark import mazes, plot, posteriors, reproduce, throughput, trajectories
+from benchmark import mazes, plot, posteriors, reproduce, throughput, trajectories, walls
 
 TINY = (
     "--num-envs 8 --episodes-per-trial 3 --hidden-size 8 --total-timesteps 48 --eval-every 1 --eval-tasks 16"
@@ -289,3 +290,18 @@ def test_matrix_products_are_a_part_of_the_time():
     a = torch.randn(400, 400)
     products, whole = throughput.seconds_of_products(lambda: (a @ a, a.exp()))
     assert 0 < products < whole
+
+
+def test_paths_along_the_wall_are_those_that_the_run_was_evaluated_on(tmp_path):
+    flags = "--num-envs 4 --batch-size 8 --hidden-size 8 --eval-tasks 20 --total-timesteps 400 --device cpu"
+    darc_offdynamics.main([*flags.split(), "--updates-per-step", "0.01", "--run-dir", str(tmp_path)])
+    (run,) = tmp_path.glob("darc_offdynamics__*")
+    played, args = walls.play(run, 20)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    for name, wall in (("source", 0.0), ("target", 0.6)):
+        episode, found = played[name]
+        total = (episode["reward"] * episode["valid"]).sum(1).mean().item()
+        assert total == pytest.approx(last[f"eval/return_{name}"], abs=1e-3) and found == pytest.approx(wall)
+    pytest.importorskip("matplotlib")
+    walls.draw([run], 5, tmp_path / "walls.png")
+    assert (tmp_path / "walls.png").read_bytes().startswith(b"\x89PNG")
