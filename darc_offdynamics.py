@@ -53,8 +53,7 @@ DIFFERS FROM THE PAPER
         differently, and the actor's loss has none. The released code weighs that, too. Weights are kept
         below 10, as a ratio knows no bound.
     D7  Smaller networks by default, a larger step size and a shorter warm-up than the paper's (2 x 256,
-        3e-4, 1e5): the default task is smaller, too. Classifiers see half as many transitions of each domain
-        as SAC does of its own.
+        3e-4, 1e5): the default task is smaller, too.
     D8  delta r is in nats, and the derivation has the entropy's temperature at 1. With rewards in other units
         and a temperature that is learned, what a nat costs is a choice: correction_scale, which the released
         code has, too. Where steps earn a tenth, errors of a tenth of a nat decide everything at 1.
@@ -497,8 +496,7 @@ def darc_step(agent, optimizer, source, target, correcting, args):
     """
     metrics = {}
     if source is not None and target is not None:  # T11: during the warm-up, too
-        halves = [{name: value[:, ::2] for name, value in domain.items()} for domain in (source, target)]
-        losses = classifier_loss(agent.classifiers, *halves, args.input_noise, args.decay)
+        losses = classifier_loss(agent.classifiers, source, target, args.input_noise, args.decay)
         descend(optimizer, sum(losses), list(agent.classifiers.parameters()))
         metrics = {"losses/classifier_sas": losses[0], "losses/classifier_sa": losses[1]}
     batch = adapt(agent.classifiers, source, target, correcting, args)

@@ -289,7 +289,7 @@ def products_seconds(obs_dim, action_dim, args, device):
     # forward 1, backward 2; the actor's loss needs no gradient of the critics' weights
     work = [*products(batch, pi, 1, 4), *products(batch, q, 2, 1 + 3 + 2)]
     if classifying:
-        work += [*products(batch, sas, 1, 3), *products(batch, sa, 1, 3)]
+        work += [*products(2 * batch, sas, 1, 3), *products(2 * batch, sa, 1, 3)]
         work += [*products(batch, sas, 1, 1), *products(batch, sa, 1, 1)]
 
     def multiply():
