@@ -2,15 +2,16 @@ r"""DARC: practise in a simulator whose physics are wrong, paid for what would a
 (Eysenbach et al. 2021, arXiv:2006.13916)
 
 THE IDEA
-    Two domains share states, actions and rewards, and differ in their dynamics: a source, where steps are
-    cheap, and a target, where the policy will have to act and steps are scarce. A policy trained in the
-    source makes use of whatever the source permits, also of what the target does not.
+    Two domains share states, actions and (as far as possible) rewards, and differ in their dynamics: a
+    source, where steps are cheap, and a target, where the policy will have to act and steps are scarce. A
+    policy trained in the source makes use of whatever the source permits, also of what the target does not.
 
     So take from the reward what gives the source away. After a step, ask how much likelier the target is to
     make it than the source: delta r = log p_target(s' | s, a) - log p_source(s' | s, a). Where both domains
     do the same it is 0. A step that only the source can make costs dearly, and the policy goes another way,
-    though it never learns in the target. Maximising the sum of r + delta r and entropy in the source is
-    fitting, by KL divergence, the trajectories that would be best in the target.
+    though no reward of the target ever reaches it. Maximising the sum of r + delta r and entropy in the
+    source is fitting, by KL divergence, those trajectories of the target that are the likelier the more
+    they earn. What the source cannot do cannot be learned in this way.
 
     Nobody knows those densities. But a classifier that tells transitions of the two domains apart knows
     their ratio, by Bayes' rule; a second one, which sees only (s, a), takes away what comes from the domains
@@ -24,8 +25,8 @@ ALGORITHM  [Alg 1]
             draw a batch of each domain
             classifiers: descend the cross-entropy of q(domain | s, a, s') and of q(domain | s, a)
             delta r = log q(target | s, a, s') - log q(source | s, a, s')
-                      - log q(target | s, a) + log q(source | s, a)       on the source's batch     [Sec 4]
-            y = scale (r + delta r)
+                      - log q(target | s, a) + log q(source | s, a)       on the source's batch
+            y = reward_scale (r + correction_scale delta r), the latter once the warm-up is over
                 + gamma (1 - terminated) (min_i Q_target_i(s', a') - alpha log pi(a' | s'))
             critics: descend sum_i (Q_i(s, a) - y)^2                                              [SAC Eq 5]
             actor: descend alpha log pi(a~ | s) - min_i Q_i(s, a~)                                [SAC Eq 7]
@@ -41,10 +42,11 @@ DIFFERS FROM THE PAPER
     D1  Whole episodes are played between bouts of gradient steps, in num_envs environments side by side;
         there, a step and a gradient step alternate.
     D2  The classifier of (s, a, s') reads s' - s as well: the same information, and what domains differ in.
-    D3  The logits of (s, a, s') are those of (s, a), held fixed, plus a network's, which is the correction
-        itself. So it was in the released code; the paper has two classifiers apart. Where the target never
-        comes, both say "source" with more and more conviction, and the difference of two such numbers is
-        anything: the policy finds the places where it happens to be positive.
+    D3  The logits of (s, a, s') are those of (s, a) plus a network's, which is the correction itself, as in
+        the released code (which sends that loss's gradient through both; here those of (s, a) are held
+        fixed). The paper has two classifiers apart. Where the target never comes both say "source" with more
+        and more conviction, and the difference of two such numbers is anything: the policy finds the places
+        where it happens to be positive.
     D4  The inputs of all networks are normalised by what was played, as in HER (arXiv:1707.01495). The
         classifiers' had better be: the noise on them has one size for all.
     D5  The squared correction is in the classifiers' loss, with a weight so small that data overrule it at
@@ -52,15 +54,16 @@ DIFFERS FROM THE PAPER
     D6  Importance weighting touches the critics only: given (s, a), it is s' that the domains deal out
         differently, and the actor's loss has none. The released code weighs that, too. Weights are kept
         below 10, as a ratio knows no bound.
-    D7  Smaller networks by default, a larger step size and a shorter warm-up than the paper's (2 x 256,
-        3e-4, 1e5): the default task is smaller, too.
+    D7  The default task is small, and so are its networks, its warm-up (paper 1e5 steps) and its discount
+        (.99), and its step size is large (3e-4). Paper: 2 x 256, tau .005, reward scale .1, noise 1 on inputs
+        that are not normalised; its code: random play in both domains at first.
     D8  delta r is in nats, and the derivation has the entropy's temperature at 1. With rewards in other units
         and a temperature that is learned, what a nat costs is a choice: correction_scale, which the released
         code has, too. Where steps earn a tenth, errors of a tenth of a nat decide everything at 1.
 
 TRAPS (each has a test; it goes red when the trap is put in)
-    T1  A softmax in the classifier and another in its loss: probabilities are taken for logits, and the
-        correction gets a slope of about 3.
+    T1  A softmax on top of a softmax, as where a loss that takes logits is given probabilities: the
+        correction gets a wrong slope, and nothing else looks wrong.
     T2  Twin critics that are copies of one another: they stay equal, and the minimum of two is one.
     T3  Noise on the inputs while delta r is computed: it belongs to training, where it smooths.
     T4  Inputs of different size beside noise of one size: it drowns the small ones, and the change in a
@@ -73,14 +76,17 @@ TRAPS (each has a test; it goes red when the trap is put in)
     T9  Episodes that end early: what follows in their row is padding and no data.
     T10 Squashing forgotten in the log-probability, or its Jacobian taken where tanh is flat: log 0.
     T11 Classifiers that begin when the warm-up is over: the first corrections are noise.
-    T12 Chance. Where outcomes are drawn, r + delta r is a lower bound, not the target's reward: a better
-        chance of success in the target is worth nothing, a worse one is feared, and so a risky action that
-        is right in the target may be left alone. That is the theory, not an error.
+    T12 Chance. Where outcomes are drawn, r + delta r is a lower bound, not the target's reward: on average
+        delta r costs KL(source || target) of the next state, whichever of the two is the kinder, so a risky
+        action that is right in the target may be left alone, and where bodies fall, falling soon may pay.
+        That is the theory, not an error.
 
 RUN
     python darc_offdynamics.py                                          # a wall: two minutes
     python darc_offdynamics.py --method source                          # and how it goes without
-    python darc_offdynamics.py --env-id BrokenReacher-v0 --num-envs 8
+    python darc_offdynamics.py --env-id BrokenReacher-v0 --total-timesteps 165000 --updates-per-step 0.07 \
+        --warmup-steps 15000 --input-noise 0.4 --correction-scale 0.1 --gamma 0.95 --lr 5e-4 --tau 0.005
+        # two environments of your own: --env-id my_module:Simulator-v0 --target-env-id my_module:Robot-v0
 
 RESULT (in the target; +- a 95 % interval over seeds where there are three)
     PointWall   to come to come to come to come to come to come to come to come
@@ -127,10 +133,10 @@ class Args:
 
     target_env_id: str = ""  # whose held-out tasks are the target; empty: env_id itself, a pair
     method: str = "darc"  # darc, importance_weighting, source (no correction) or target (SAC there)
-    target_ratio: float = 0.1  # target steps for each source step
+    target_ratio: float = 0.1  # target steps for each source step, played num_envs episodes at a time
     correction_scale: float = 1.0  # factor on delta r: in units of the reward, what a nat costs [D8]
     target_in_sac: bool = False  # let the target's transitions into SAC as well, as they are
-    warmup_steps: int = 5000  # source steps before the correction counts, while the classifiers train
+    warmup_steps: int = 5000  # source steps before the correction counts, in which the classifiers train
     input_noise: float = 0.1  # deviation of the noise on the classifiers' normalised inputs, in training
     decay: float = 0.001  # weight of the squared correction in the classifiers' loss [D5]
     num_envs: int = 16  # episodes that are played side by side
@@ -148,6 +154,9 @@ class Args:
     deterministic_eval: bool = True  # at evaluation act by the policy's mean
     eval_episodes: int = 1  # episodes from each frozen start
     eval_tasks: int = 0  # frozen starts in each domain; 0: as many as there are held-out tasks
+
+
+CLASSIFYING = ("darc", "importance_weighting")  # the methods that compare the two domains
 
 
 # ============================== 2. Networks ==============================
@@ -245,7 +254,7 @@ class Normalizer(nn.Module):
 
 
 def log_ratio(log_sas, log_sa):
-    """log p_target(s' | s, a) / p_source(s' | s, a), by Bayes' rule. [Sec 4]
+    """log p_target(s' | s, a) / p_source(s' | s, a), by Bayes' rule.
 
     log_sas, log_sa: log-probabilities of (source, target), [..., 2]. Returns [...].
     """
@@ -406,16 +415,16 @@ def play_domain(agent, act_fn, env, replay, domain):
 def collect_domains(agent, act_fn, envs, replays, args):
     """Play in the source, and in the target when its share of steps is due. [Alg 1]
 
-    envs, replays: by domain. Returns the numbers of steps, of all and of those that SAC learns from.
+    envs, replays: by domain. Returns the numbers of steps: of all, and of those that gradient steps go by.
     """
     if args.method == "target":
         steps = play_domain(agent, act_fn, envs["target"], replays["target"], 1)
         return steps, steps
     source_steps = play_domain(agent, act_fn, envs["source"], replays["source"], 0)
     played, played_target = agent.steps.tolist()
-    if args.method == "source" or played_target >= args.target_ratio * played:
-        return source_steps, source_steps
-    target_steps = play_domain(agent, act_fn, envs["target"], replays["target"], 1)
+    target_steps = 0
+    while args.method != "source" and played_target + target_steps < args.target_ratio * played:
+        target_steps += play_domain(agent, act_fn, envs["target"], replays["target"], 1)
     return source_steps + target_steps, source_steps
 
 
@@ -504,10 +513,10 @@ def darc_step(agent, optimizer, source, target, correcting, args):
     alpha = agent.temperature().detach()
 
     reward, terminated = args.reward_scale * batch["reward"], batch["terminated"]  # T8
-    target = critic_target(agent.actor, agent.target, next_x, reward, terminated, alpha, args.gamma)
+    y = critic_target(agent.actor, agent.target, next_x, reward, terminated, alpha, args.gamma)
     values = agent.critic(x, batch["action"])
-    scale = batch["weight"].sqrt()  # so that squared errors are weighed
-    td_loss = critic_loss(scale * values, scale * target)
+    root_weight = batch["weight"].sqrt()  # so that squared errors are weighed
+    td_loss = critic_loss(root_weight * values, root_weight * y)
     critics = list(agent.critic.parameters())
     descend(optimizer, td_loss, critics)
     grad_norm = flatten([p.grad for p in critics]).norm()
@@ -520,7 +529,7 @@ def darc_step(agent, optimizer, source, target, correcting, args):
         descend(optimizer, alpha_loss, list(agent.temperature.parameters()))
     follow(agent.target, agent.critic, args.tau)
 
-    explained = 1 - td_loss / 2 / target.var(correction=0).clamp(min=1e-8)
+    explained = 1 - (values - y).square().mean() / y.var(correction=0).clamp(min=1e-8)
     metrics |= {"losses/critic": td_loss, "losses/actor": pi_loss, "debug/alpha": alpha.mean()}
     metrics |= {"debug/entropy": -logprob.mean(), "debug/q": values.mean(), "debug/grad_norm": grad_norm}
     metrics |= {"debug/explained_variance": explained, "debug/grad_norm_actor": actor_grad_norm}
@@ -528,9 +537,9 @@ def darc_step(agent, optimizer, source, target, correcting, args):
     return {name: value.detach() for name, value in metrics.items()}
 
 
-def update(agent, optimizer, step_fn, replays, count, args):
+def update(agent, optimizer, step_fn, replays, count, correcting, args):
     """count gradient steps, each on batches of their own. Returns the mean of their metrics."""
-    sums, correcting = {}, int(agent.steps[0]) >= args.warmup_steps
+    sums = {}
     needed = {"source": ("source",), "target": ("target",)}.get(args.method, ("source", "target"))
     for _ in range(count):
         source, target = (draw_domain(replays[name], args) if name in needed else None for name in replays)
@@ -541,12 +550,12 @@ def update(agent, optimizer, step_fn, replays, count, args):
 
 # ================================ 5. Adapt ===============================
 
-MOST = 10.0  # an importance weight [D6]
+MAX_WEIGHT = 10.0  # of a transition [D6]
 
 
 @torch.no_grad()
 def reward_correction(classifiers, obs, action, next_obs):
-    """delta r, the log of how much likelier the target is than the source to make this step. [Sec 4]
+    """delta r, the log of how much likelier the target is than the source to make this step.
 
     obs, next_obs: [..., obs]; action: [..., act]. Returns [...], in nats.
     """
@@ -557,18 +566,18 @@ def adapt(classifiers, source, target, correcting, args):
     """What SAC learns from: practice in the source, valued as the target would have it.
 
     source, target: batches as in darc_step. Returns a dict of [N, M, ...] whose reward is corrected (darc),
-    with weight (importance_weighting) and correction (what was added) [N, M] beside it.
+    with weight (importance_weighting) and correction (delta r in nats) [N, M] beside it.
     """
-    own = target if args.method == "target" else source
-    one, zero = torch.ones_like(own["reward"]), torch.zeros_like(own["reward"])
-    batch = {**own, "weight": one, "correction": zero}
-    if correcting and args.method in ("darc", "importance_weighting"):
+    learned_from = target if args.method == "target" else source
+    one, zero = torch.ones_like(learned_from["reward"]), torch.zeros_like(learned_from["reward"])
+    batch = {**learned_from, "weight": one, "correction": zero}
+    if correcting and args.method in CLASSIFYING:
         delta = reward_correction(classifiers, *(source[name] for name in ("obs", "action", "next_obs")))
         if args.method == "darc":  # T12: exact for deterministic dynamics
-            delta = args.correction_scale * delta
-            batch |= {"reward": source["reward"] + delta, "correction": delta}
+            corrected = source["reward"] + args.correction_scale * delta
+            batch |= {"reward": corrected, "correction": delta}
         else:
-            batch["weight"] = delta.exp().clamp(max=MOST)
+            batch["weight"] = delta.exp().clamp(max=MAX_WEIGHT)
     if args.target_in_sac:
         real = {**target, "weight": one, "correction": zero}
         batch = {name: torch.cat([value, real[name]]) for name, value in batch.items()}  # [2 N, M, ...]
@@ -601,14 +610,14 @@ def evaluate(agent, envs, act_fn, args):
             metrics[f"eval/return_{name}"] = float(returns.mean())
             if env.has_success:
                 metrics[f"eval/success_{name}"] = float(success.mean())
-            if name == "source":
+            if name == "source" and args.method in CLASSIFYING:
                 transitions = [torch.cat(parts) for parts in zip(*map(transitions_of, episodes), strict=True)]
                 delta = reward_correction(agent.classifiers, *transitions)
                 metrics["eval/correction_mean"] = float(delta.mean())
                 for percent in (5, 50, 95):
                     quantile = delta.sort().values[int(percent / 100 * (len(delta) - 1))]
                     metrics[f"eval/correction_q{percent}"] = float(quantile)
-            else:
+            if name == "target":
                 metrics |= summarize(returns, lengths, success)
     return metrics
 
@@ -839,13 +848,13 @@ def check_offdynamics(args):
     )
     for name in f"{positive} alpha eval_episodes".split():
         require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
-    for name in "eval_tasks warmup_steps input_noise decay target_ratio".split():
+    for name in "eval_tasks warmup_steps input_noise decay target_ratio correction_scale".split():
         require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
     require(0 <= args.gamma < 1, "gamma", args.gamma, "at least 0 and below 1")
     require(0 < args.tau <= 1, "tau", args.tau, "more than 0, at most 1")
     methods = "darc importance_weighting source target"
     require(args.method in methods.split(), "method", args.method, f"one of {methods}")
-    classifying = args.method in ("darc", "importance_weighting")
+    classifying = args.method in CLASSIFYING
     more = f"more than 0: --method {args.method} compares the source's steps with the target's"
     require(args.target_ratio > 0 or not classifying, "target_ratio", args.target_ratio, more)
     wanted = "--method darc or importance_weighting beside it"
@@ -855,19 +864,22 @@ def check_offdynamics(args):
 
 
 def make_domains(args, num_envs, device, seeds):
-    """The two domains, {"source": env, "target": env}, each with its tasks set. seeds: of each."""
-    ids = {"source": args.env_id, "target": args.target_env_id or args.env_id}
-    envs = {
-        name: make_env(id, num_envs, device, seed)
-        for (name, id), seed in zip(ids.items(), seeds, strict=True)
-    }
-    source, target = envs.values()
+    """The two domains, {"source": env, "target": env}, each with its tasks set. seeds: of each.
+
+    The source plays training tasks, the target held-out ones, the same in training and in evaluation.
+    """
+    source = make_env(args.env_id, num_envs, device, seeds[0])
+    try:
+        target = common.make(args.target_env_id or args.env_id, num_envs, device, seeds[1])
+    except (ValueError, ImportError) as error:
+        fail(f"--target-env-id {args.target_env_id}: {error}")
+    envs = {"source": source, "target": target}
     pair = bool(args.target_env_id) or source.named_tasks.keys() >= {"source", "target"}
     require(pair, "env_id", args.env_id, "a pair of domains, or --target-env-id beside it")
     for what in ("single_observation_space", "single_action_space"):
         one, two = getattr(source, what), getattr(target, what)
         expected = f"the source's {what.replace('_', ' ')}, {one}, and it has {two}"
-        require(one == two, "target_env_id", ids["target"], expected)
+        require(one == two, "target_env_id", args.target_env_id, expected)
     continuous = (
         isinstance(source.single_action_space, gym.spaces.Box) and source.single_action_space.is_bounded()
     )
@@ -886,10 +898,10 @@ def print_domains(metrics):
             f", success {metrics[f'eval/success_{name}']:.3f}" if f"eval/success_{name}" in metrics else ""
         )
         print(f"in the {name}: return {metrics[f'eval/return_{name}']:.3f}{reached}")
-    quantiles = ", ".join(f"{metrics[f'eval/correction_q{percent}']:.2f}" for percent in (5, 50, 95))
-    print(
-        f"correction of a source step: mean {metrics['eval/correction_mean']:.3f}; 5, 50, 95 %: {quantiles}"
-    )
+    if "eval/correction_mean" in metrics:
+        quantiles = ", ".join(f"{metrics[f'eval/correction_q{percent}']:.2f}" for percent in (5, 50, 95))
+        mean = metrics["eval/correction_mean"]
+        print(f"delta r of the source's steps: mean {mean:.3f}; 5, 50, 95 %: {quantiles}")
 
 
 def main(argv=None):
@@ -898,7 +910,8 @@ def main(argv=None):
     check_offdynamics(args)
     torch.manual_seed(args.seed)
 
-    envs = make_domains(args, args.num_envs, device, (args.seed, 2**30 - 1 - args.seed))
+    num_envs = 1 if args.evaluate else args.num_envs
+    envs = make_domains(args, num_envs, device, (args.seed, 2**30 - 1 - args.seed))
     held_out = envs["target"].num_test_tasks
     num_tasks = args.eval_tasks or min(1000, held_out)
     require(num_tasks <= held_out, "eval_tasks", num_tasks, f"at most {held_out}, all that are held out")
@@ -937,10 +950,11 @@ def main(argv=None):
         while global_step < total:
             start = clock(device)
 
+            correcting = int(agent.steps[0]) >= args.warmup_steps  # T11: classifiers have trained on those
             steps, own_steps = collect_domains(agent, act_fn, envs, replays, args)
             collected = clock(device)
             count = max(1, round(own_steps * args.updates_per_step))
-            metrics = update(agent, optimizer, step_fn, replays, count, args)
+            metrics = update(agent, optimizer, step_fn, replays, count, correcting, args)
             learned = clock(device)
 
             iteration, global_step = iteration + 1, global_step + steps

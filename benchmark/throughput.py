@@ -258,7 +258,7 @@ def darc(device, repeats=5, count=100, compiled=False, **changes):
         darc_offdynamics.play_domain(*play)
 
     def learn():
-        darc_offdynamics.update(agent, optimizer, step_fn, replays, count, args)
+        darc_offdynamics.update(agent, optimizer, step_fn, replays, count, True, args)
 
     start = rl2_ppo.clock(device)
     darc_offdynamics.rollout(agent, darc_offdynamics.sample_action, source)

@@ -7,9 +7,8 @@ PointWall-v0     A room, [-1, 1]^2. The point starts anywhere but in the strip .
                  (.85, 0) its episode ends, or after 50 steps. obs is the position, an action in [-1, 1]^2
                  moves it by a tenth of itself. Reward = -distance to (.85, 0) after the step. The task row is
                  how far a wall in that strip reaches to both sides of its middle: not at all in the source,
-                 .6 in the target. What runs into the wall slides along it. This is the picture by which the
-                 problem is taught, and figure 2 of DARC without its grid (Eysenbach et al. 2021,
-                 arXiv:2006.13916).
+                 .6 in the target. What runs into the wall slides along it. It is the picture by which the
+                 problem is taught (DARC: Eysenbach et al. 2021, arXiv:2006.13916).
 PointDoor-v0     The other way round: the wall is in the source, and the target has none.
 GaussianPair-v0  s' = (s + a) / 2 + shift + std * N(0, 1): the task row is (shift, std), (0, 1) in the source
                  and (.5, .8) in the target. The log-density of a step is known, and so is what a pair of

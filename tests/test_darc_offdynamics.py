@@ -296,19 +296,19 @@ def collected(module, args, iterations=40):
 
 def check_the_target_gets_its_share_of_steps(module):
     """Episodes of the source end early (PointWall's do), and shares are of steps."""
-    for ratio in (0.1, 0.5):
+    for ratio in (0.1, 2.0):
         args = small_args(module, target_ratio=ratio)
         agent, replays, counts = collected(module, args)
         source, target = agent.steps.tolist()
         assert counts[:, 0].sum() == source + target and counts[:, 1].sum() == source
         assert ratio <= target / source < ratio + 2 * 4 * 50 / source
-        assert replays["source"].count == 40 and 0 < replays["target"].count < 40
+        assert replays["source"].count == 40 and 0 < replays["target"].count != 40
         assert agent.classifiers.normalizer.count == agent.normalizer.count == source + target
 
 
 def test_the_target_gets_its_share_of_steps():
-    shipped = 'args.method == "source" or played_target >= args.target_ratio * played'
-    red(check_the_target_gets_its_share_of_steps, shipped, 'args.method == "source"')
+    shipped = "played_target + target_steps < args.target_ratio * played:"
+    red(check_the_target_gets_its_share_of_steps, shipped, "target_steps == 0:")
     counter = "agent.steps[domain] += len(transitions[0])"
     red(check_the_target_gets_its_share_of_steps, counter, "agent.steps[domain] += 1 if domain else 40")
 
@@ -348,7 +348,7 @@ def test_adapting_corrects_the_reward_or_weighs_or_does_neither():
         assert torch.equal(batch["reward"], own["reward"] + delta if corrected else own["reward"])
         assert torch.equal(batch["correction"], delta if corrected else torch.zeros(N, M))
         weighed = method == "importance_weighting" and correcting
-        close(batch["weight"], delta.exp().clamp(max=darc.MOST) if weighed else torch.ones(N, M), 1e-6)
+        close(batch["weight"], delta.exp().clamp(max=darc.MAX_WEIGHT) if weighed else torch.ones(N, M), 1e-6)
 
 
 def test_the_targets_transitions_may_enter_sac_as_they_are():
@@ -407,9 +407,8 @@ def test_classifiers_learn_during_the_warm_up():  # T11
     red(check_classifiers_learn_during_the_warm_up, shipped, f"{shipped[:-1]} and correcting:")
 
 
-def test_the_correction_begins_when_the_warm_up_is_over():
-    seen, args = [], small_args(darc, warmup_steps=100)
-    agent = make_agent(darc, args)
+def test_batches_are_of_the_domains_that_a_method_needs():
+    seen, args = [], small_args(darc)
     replay = coded_replay(darc)[0]
 
     def step_fn(agent, optimizer, source, target, correcting, args):
@@ -417,14 +416,40 @@ def test_the_correction_begins_when_the_warm_up_is_over():
         return {"debug/count": torch.tensor(float(len(seen)))}
 
     replays = {"source": replay, "target": replay}
-    for steps in (99, 100):
-        agent.steps[0] = steps
-        found = darc.update(agent, None, step_fn, replays, 3, args)
+    for correcting in (False, True):
+        found = darc.update(None, None, step_fn, replays, 3, correcting, args)
     assert found == {"debug/count": 5.0} and seen == [(False, True, True)] * 3 + [(True, True, True)] * 3
     for method, given in (("source", (True, False)), ("target", (False, True))):
         seen.clear()
-        darc.update(agent, None, step_fn, replays, 1, small_args(darc, method=method))
+        darc.update(None, None, step_fn, replays, 1, True, small_args(darc, method=method))
         assert seen[0][1:] == given
+
+
+def check_the_warm_up_is_of_trained_classifiers(module, folder):
+    """One bout is longer than the warm-up: the classifiers learn from it before they are believed."""
+    flags = "--env-id GaussianPair-v0 --num-envs 8 --batch-size 8 --hidden-size 8 --warmup-steps 100"
+    flags += " --total-timesteps 700 --updates-per-step 0.02 --target-ratio 0.5 --eval-tasks 8 --device cpu"
+    seen, shipped = [], module.darc_step
+
+    def spy(*args):
+        seen.append(args[4])
+        return shipped(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "darc_step", spy)
+        module.main([*flags.split(), "--run-dir", str(folder)])
+    assert seen == [False] * 3 + [True] * (len(seen) - 3) and len(seen) > 3  # 160 steps x .02 a bout
+
+
+def test_the_correction_begins_when_the_classifiers_have_trained_through_the_warm_up(tmp_path):  # T11
+    check_the_warm_up_is_of_trained_classifiers(darc, tmp_path / "shipped")
+    trapped = mutant(
+        "darc_offdynamics",
+        "correcting = int(agent.steps[0]) >= args.warmup_steps",
+        "correcting = int(agent.steps[0]) + 160 >= args.warmup_steps",
+    )
+    with pytest.raises(AssertionError):
+        check_the_warm_up_is_of_trained_classifiers(trapped, tmp_path / "trapped")
 
 
 def test_which_parameters_a_method_trains():
@@ -450,7 +475,7 @@ def check_weights_weigh_squared_errors(module):
     torch.manual_seed(3)
     y = module.critic_target(agent.actor, agent.target, next_x, *settings, alpha, args.gamma)
     errors = (agent.critic(x, source["action"]) - y) ** 2
-    expected = (delta.exp().clamp(max=module.MOST) * errors).mean((1, 2)).sum().item()
+    expected = (delta.exp().clamp(max=module.MAX_WEIGHT) * errors).mean((1, 2)).sum().item()
     torch.manual_seed(3)
     still = torch.optim.SGD(agent.parameters(), lr=0.0)
     metrics = module.darc_step(agent, still, source, target, True, args)
@@ -458,8 +483,8 @@ def check_weights_weigh_squared_errors(module):
 
 
 def test_weights_weigh_squared_errors():
-    shipped = 'scale = batch["weight"].sqrt()'
-    red(check_weights_weigh_squared_errors, shipped, 'scale = batch["weight"]')
+    shipped = 'root_weight = batch["weight"].sqrt()'
+    red(check_weights_weigh_squared_errors, shipped, 'root_weight = batch["weight"]')
 
 
 # ---- evaluation
@@ -489,6 +514,12 @@ def test_evaluation_is_in_both_domains_and_leaves_the_random_numbers_of_training
     assert keys <= reports[0].keys()
     quantiles = [reports[0][f"eval/correction_q{percent}"] for percent in (5, 50, 95)]
     assert quantiles == sorted(quantiles) and quantiles[0] < quantiles[-1]
+
+
+def test_a_method_without_classifiers_reports_no_correction():
+    for method in ("source", "target"):
+        report, _ = quick_evaluate(darc, method=method)
+        assert not [key for key in report if "correction" in key] and "eval/return_ep0" in report
 
 
 def test_what_is_counted_by_episode_is_the_targets():
@@ -568,6 +599,11 @@ gym.register("Thirsty-v0", vector_entry_point=thirsty)
         ),
         ("--num-envs 128", "--num-envs 128: expected at most 100"),
         ("--eval-tasks 101", "--eval-tasks 101: expected at most 100"),
+        (
+            "--env-id PointWall-v0 --target-env-id Nope-v0",
+            "--target-env-id Nope-v0: unknown task distribution",
+        ),
+        ("--correction-scale nan", "--correction-scale nan: expected zero or a positive number"),
         ("--decay -1", "--decay -1.0: expected zero or a positive number"),
     ],
 )

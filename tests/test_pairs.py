@@ -26,6 +26,7 @@ PAIRS |= {
     f"{body}{shift}-v0": (f"{body}-v5", options, None) for body, options in BODIES.items() for shift in SHIFTS
 }
 B = 2
+BLOCK = '<geom type="box" size="1 10 10" pos="-3 0 1" contype="1" conaffinity="1"/>'
 
 
 def domain(env_id, name, num_envs=B, seed=0, **kwargs):
@@ -216,18 +217,26 @@ def test_domains_side_by_side_are_the_domains_apart():
             assert not torch.equal(obs[0], obs[1])
 
 
-def test_the_obstacle_stops_a_cheetah_and_is_not_there_in_the_source():
-    pytest.importorskip("mujoco")
-    furthest = {}
+@pytest.mark.parametrize("height", [0.0, 0.3, 0.6, 3.0])
+def test_the_obstacle_is_solid_and_is_not_there_in_the_source(height):
+    """As solid as in a model that is made with the block in its place, at whatever height and speed."""
+    mujoco = pytest.importorskip("mujoco")
+    from common.locomotion import load_model
+
+    ends = {}
     for name in ("source", "target"):
         env, _ = domain("HalfCheetahObstacle-v0", name, 4)
-        env._qpos[:, 0] = -1.0
-        low, paid = 0.0, []
-        for step in range(40):
-            if step < 6:
-                env._qvel[:, 0] = -5.0  # pushed back
-            reward = env.step(torch.zeros(4, 6))[1]
-            low, paid = min(low, env._qpos[:, 0].min()), [*paid, reward.min()]
-        furthest[name] = low
+        env._qpos[:, 0], env._qpos[:, 1], env._qvel[:, 0] = -1.0, height, -8.0
+        paid = []
+        if name == "target":
+            fixed = load_model(env.xml, BLOCK)
+            data = mujoco.MjData(fixed)
+            data.qpos[:], data.qvel[:] = env._qpos[0], env._qvel[0]
+        for _ in range(40):
+            paid.append(env.step(torch.zeros(4, 6))[1].min())
+            if name == "target":
+                mujoco.mj_step(fixed, data, nstep=5)
         assert min(paid) >= 0  # speed pays in either direction
-    assert furthest["source"] < -5 and furthest["target"] > -2.5, furthest
+        ends[name] = env._qpos[0, 0].copy()
+    assert ends["target"] == pytest.approx(data.qpos[0], abs=1e-6)
+    assert ends["source"] < -4 and ends["target"] > -2.5, ends
