@@ -97,8 +97,7 @@ BROKEN_REACHER = (
 TEN = tuple(range(1, 11))
 BROKEN_CHEETAH = (
     "--env-id BrokenHalfCheetah-v0 --num-envs 4 --warmup-steps 20000 --input-noise 0.4 --gamma 0.99"
-    " --tau 0.005 --hidden-size 256 --updates-per-step 0.2 --replay-episodes 100 --total-timesteps 330000"
-    " --eval-tasks 20 --eval-every 4 --save-every 10"
+    " --tau 0.005 --replay-episodes 100 --total-timesteps 220000 --eval-tasks 20"
 )
 AS_MUCH_TARGET = "--method target --total-timesteps 5500 --updates-per-step 2"  # steps and gradient steps
 
@@ -262,19 +261,19 @@ ENTRIES = {
         1,
         "ten times the target's steps: DARC within 10 %",
     ),
-    "darc_cheetah": ("darc_offdynamics.py", BROKEN_CHEETAH, (1,), 30, "above the next two"),
+    "darc_cheetah": ("darc_offdynamics.py", BROKEN_CHEETAH, (1,), 10, "above the next two"),
     "darc_cheetah_source": (
         "darc_offdynamics.py",
         f"{BROKEN_CHEETAH} --method source",
         (1,),
-        15,
+        6,
         "below DARC",
     ),
     "darc_cheetah_weighting": (
         "darc_offdynamics.py",
         f"{BROKEN_CHEETAH} --method importance_weighting",
         (1,),
-        30,
+        10,
         "below DARC",
     ),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
