@@ -145,7 +145,7 @@ class Args:
     replay_episodes: int = 500  # episodes that are kept for each environment
     hidden_size: int = 128  # width of the hidden layers of all networks [D7]
     hidden_layers: int = 2  # how many there are in each network [D7]
-    lr: float = 1e-3  # Adam's step size, of all networks [D7]
+    lr: float = 5e-4  # Adam's step size, of all networks [D7]
     gamma: float = 0.98  # discount per step, below 1
     tau: float = 0.01  # share of the critics that moves into the target critics at each gradient step
     reward_scale: float = 1.0  # factor on rewards, corrected ones included
