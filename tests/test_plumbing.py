@@ -151,7 +151,7 @@ def the_error(text):
     lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     assert len(errors) == 1 and all("step/s" in line for line in lines if line not in errors), text
-    assert 10 < len(errors[0]) < 1200  # that of an unknown id lists all
+    assert 10 < len(errors[0]) < 1600  # that of an unknown id lists all
     return errors[0]
 
 
