@@ -152,6 +152,30 @@ def test_where_a_domain_was_visited_does_not_count():  # T5
     red(check_where_a_domain_was_visited_does_not_count, shipped, "return log_sas[..., 1] - log_sas[..., 0]")
 
 
+def check_what_s_prime_tells_trains_the_correction_alone(module):
+    torch.manual_seed(0)
+    classifiers = module.DomainClassifiers(1, 1, 8, 2)
+    parts = [gaussian_steps(name, 64)[0] for name in ("source", "target")]
+    parts = [{name: value[None] for name, value in part.items()} for part in parts]
+    for decay in (0.0, 0.5):
+        sas, sa = module.classifier_loss(classifiers, *parts, 0.0, decay)
+        for loss, own, other in (
+            (sas, classifiers.sas, classifiers.sa),
+            (sa, classifiers.sa, classifiers.sas),
+        ):
+            wanted = [*own.parameters(), *other.parameters()]
+            grads = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+            count = len(list(own.parameters()))
+            assert all(grad is not None for grad in grads[:count])
+            assert all(grad is None for grad in grads[count:])
+
+
+def test_what_s_prime_tells_trains_the_correction_alone():
+    check = check_what_s_prime_tells_trains_the_correction_alone
+    red(check, "sas = sa.detach() + self.sas(x)", "sas = sa + self.sas(x)")
+    red(check, "log_ratio(log_sas, log_sa.detach())", "log_ratio(log_sas, log_sa)")
+
+
 def test_identical_domains_give_no_correction():
     found, _, losses = fitted(darc, domains=("source", "source"))
     assert abs(found.mean()) < 0.05 and found.std() < 0.2
