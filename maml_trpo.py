@@ -147,18 +147,18 @@ class Policy(nn.Module):
         self.theta = nn.ParameterList(theta)
 
     def forward(self, obs, phi):
-        """obs: [N, M, obs], M states in each of N tasks; phi: a list of weights like theta, each [N, ...].
+        """obs: [N, ..., obs], states in each of N tasks; phi: a list of weights like theta, each [N, ...].
 
-        Returns what defines the action distributions: (logits [N, M, act],), or (mean [N, M, act], log_std
-        [N, 1, act]).
+        Returns what defines the action distributions: (logits [N, ..., act],), or (mean [N, ..., act],
+        log_std [N, 1, ..., 1, act]).
         """
-        x = torch.baddbmm(phi[1], obs, phi[0]).tanh()  # [N, M, hidden]: N matrix products in one call
+        x = torch.baddbmm(phi[1], obs.flatten(1, -2), phi[0]).tanh()  # N matrix products in one call
         x = torch.baddbmm(phi[3], x, phi[2]).tanh()
-        x = torch.baddbmm(phi[5], x, phi[4])
-        return (x,) if self.discrete else (x, phi[6])
+        x = torch.baddbmm(phi[5], x, phi[4]).view(*obs.shape[:-1], -1)
+        return (x,) if self.discrete else (x, phi[6].view(len(obs), *[1] * (obs.dim() - 2), -1))
 
     def distribution(self, output):
-        """forward's output -> distribution over [N, M]."""
+        """forward's output -> distribution over states."""
         if self.discrete:
             return Categorical(logits=output[0], validate_args=False)
         mean, log_std = output
@@ -302,8 +302,7 @@ def inner_step(policy, phi, batch, step_size, args, create_graph=False):
 
     create_graph: let theta' be differentiated for theta.
     """
-    policies = policy.distribution(policy(batch["obs"].flatten(1, 2), phi))  # over [N, T * E]
-    logprob = policies.log_prob(batch["action"].flatten(1, 2)).view_as(batch["weight"])  # [N, T, E]
+    logprob = policy.distribution(policy(batch["obs"], phi)).log_prob(batch["action"])  # [N, T, E]
     fixed = (batch[name] for name in ("logprob", "advantage", "weight"))
     loss = inner_loss(logprob, *fixed, args.inner_objective).sum()  # no task has a weight in another's policy
     differentiable = create_graph and not args.first_order  # T5
@@ -319,20 +318,23 @@ def adapted_output(policy, inner, outer, args, create_graph=True):
     phi = policy.per_task(len(outer["weight"]))
     for batch in inner:
         phi = inner_step(policy, phi, batch, args.inner_lr, args, create_graph)
-    return policy(outer["obs"].flatten(1, 2), phi)
+    return policy(outer["obs"], phi)
 
 
-def surrogate_loss(policy, output, outer):
-    """-mean over tasks of mean_t (pi / pi_played) A_t, with pi_played's policy gradient. [TRPO Eq 14]"""
-    logprob = policy.distribution(output).log_prob(outer["action"].flatten(1, 2)).view_as(outer["logprob"])
-    ratio = (logprob - outer["logprob"]).exp()  # [N, T, E]
-    return -(outer["weight"] * ratio * outer["advantage"]).sum((1, 2)).mean()
+def surrogate_loss(policy, output, batch):
+    """-mean (pi / pi_played) A_t, a mean over steps by their weight, with pi_played's policy gradient.
+
+    output: of the policy in the batch's states; batch: action, logprob, advantage, weight. [TRPO Eq 14]
+    """
+    logprob = policy.distribution(output).log_prob(batch["action"])
+    ratio = (logprob - batch["logprob"]).exp()
+    return -(batch["weight"] * ratio * batch["advantage"]).sum() / batch["weight"].sum()
 
 
-def mean_kl(policy, output, old_output, outer):
-    """Mean over tasks of mean_t KL(pi_old || pi) of the ADAPTED policies, which are those that play. [T8]"""
-    kl = kl_divergence(policy.distribution(old_output), policy.distribution(output))  # [N, M]
-    return (outer["weight"].flatten(1, 2) * kl).sum(1).mean()
+def mean_kl(policy, output, old_output, batch):
+    """Mean of KL(pi_old || pi) over the batch's steps by their weight, of the policies that play."""
+    kl = kl_divergence(policy.distribution(old_output), policy.distribution(output))
+    return (batch["weight"] * kl).sum() / batch["weight"].sum()
 
 
 def flatten(tensors):
@@ -340,16 +342,16 @@ def flatten(tensors):
     return torch.cat([x.reshape(-1) for x in tensors])
 
 
-def fisher_product(policy, output, outer):
+def fisher_product(policy, output, batch):
     """Returns v -> F v, F the Hessian of mean_kl in theta, at the theta that made output. v: [theta].
 
     With J = d output / d theta and H the Hessian of the KL in the output, the Hessian is J^T H J plus a term
-    in the KL's first derivative, which is zero here: nothing is left out. J runs through the inner steps, and
-    all graphs are built once and used by every product. [TRPO App C]
+    in the KL's first derivative, which is zero here: nothing is left out. J runs through whatever made output
+    from theta, and all graphs are built once and used by every product. [TRPO App C]
     """
-    theta = list(policy.theta)
+    theta = list(policy.parameters())
     at_old = [x.detach().clone().requires_grad_() for x in output]
-    kl = mean_kl(policy, at_old, [x.detach() for x in output], outer)
+    kl = mean_kl(policy, at_old, [x.detach() for x in output], batch)
     kl_gradient = torch.autograd.grad(kl, at_old, create_graph=True)  # zero here; its derivative is H
     dummy = [torch.zeros_like(x, requires_grad=True) for x in output]
     pullback = torch.autograd.grad(output, theta, dummy, create_graph=True)  # J^T dummy, linear in dummy
@@ -441,8 +443,8 @@ def update(policy, inner, outer, args):
     new_loss, kl, fraction = line_search(policy, parts, old_outputs, loss.detach(), step, args)
     metrics = {"losses/policy": new_loss, "debug/kl": kl, "debug/step": fraction}
     metrics |= {"debug/grad_norm": gradient.norm(), "debug/explained_variance": explained_variance(outer)}
-    entropies = [policy.distribution(output).entropy() for output in old_outputs]  # [n, T * E] each
-    metrics["debug/entropy"] = (torch.cat(entropies) * outer["weight"].flatten(1, 2)).sum(1).mean()
+    entropies = [policy.distribution(output).entropy() for output in old_outputs]  # [n, T, E] each
+    metrics["debug/entropy"] = (torch.cat(entropies) * outer["weight"]).sum((1, 2)).mean()
     for when, batch in (("before", [*inner, outer][0]), ("after", outer)):
         metrics[f"charts/return_{when}"] = returns_of(batch).mean()
     return {name: float(x) for name, x in metrics.items()}

@@ -268,6 +268,11 @@ ENTRIES = {
         1,
         "ten times the target's steps: DARC within 10 %",
     ),
+    "epopt_run": ("epopt.py", "", TEN, 2, "p10 above the next two"),
+    "epopt_run_randomised": ("epopt.py", "--epsilon 1", TEN, 4, "p10 above the next one"),
+    "epopt_run_single": ("epopt.py", "--epsilon 1 --ensemble single", TEN, 4, "lowest p10"),
+    "epopt_run_uniform": ("epopt.py", "--ensemble uniform", (1, 2, 3), 2, "against normal draws"),
+    "epopt_run_adapted": ("epopt.py", "--adapt-to-target", (1, 2, 3), 2, "the target above epopt_run"),
     "darc_cheetah": ("darc_offdynamics.py", BROKEN_CHEETAH, (1,), 10, "above the next two"),
     "darc_cheetah_source": (
         "darc_offdynamics.py",
@@ -328,7 +333,9 @@ def summarize(name, folders):
         commit = (folder.parent / f"seed{args['seed']}.commit").read_text()
         row = {"name": name, "command": f"{ENTRIES[name][0]} {ENTRIES[name][1]}", "seed": args["seed"]}
         row |= {"global_step": last["global_step"], "minutes": round(seconds / 60, 2)}
-        row |= {key: round(value, 5) for key, value in last.items() if key.startswith("eval/")}
+        rounds = {key: value for row in log for key, value in row.items() if key.startswith("adapt/")}
+        measured = {key: value for key, value in last.items() if key.startswith("eval/")} | rounds
+        row |= {key: round(value, 5) for key, value in measured.items()}
         row |= {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": platform.machine()}
         row |= {package: version(package) for package in ("torch", "gymnasium", "numpy")}
         rows.append(row)

@@ -46,6 +46,11 @@ for _id, _entry, _kwargs in [
         for body in ("HalfCheetah", "Hopper", "Walker2d", "Ant")
         for shift in ("Gravity0.5", "Gravity2", "Friction0.5", "Friction2", "JointRange0.5")
     ],
+    ("CartPoleEnsemble-v0", "common.ensembles:CartPoleEnsemble", {}),
+    ("CartPoleRunEnsemble-v0", "common.ensembles:CartPoleRunEnsemble", {}),
+    ("PendulumEnsemble-v0", "common.ensembles:PendulumEnsemble", {}),
+    ("HopperEnsemble-v0", "common.mujoco_ensembles:HopperEnsemble", {}),
+    ("HalfCheetahEnsemble-v0", "common.mujoco_ensembles:HalfCheetahEnsemble", {}),
     ("MT3", "common.metaworld:make", {"benchmark": "MT3"}),
     ("MT10", "common.metaworld:make", {"benchmark": "MT10"}),
     ("MT50", "common.metaworld:make", {"benchmark": "MT50"}),

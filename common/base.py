@@ -48,6 +48,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     terminates = False  # False: every episode lasts `horizon` steps, so all end together and need no masks
     has_success = False  # True: info["success"] [B] bool says at which steps the goal is reached
     named_tasks = {}  # name -> task row [task_dim], where some rows have names
+    test_groups = {}  # name -> slice of the held-out set, where it has parts
+    ensemble = None  # where tasks are models of one body: [4, task_dim], see ensembles.py
     goal_space = None  # where a task is a goal to reach: the space of goals, which is the task space
 
     def __init__(self, num_envs, obs_space, action_space, task_space, horizon, device="cpu", seed=None):

@@ -21,14 +21,22 @@ import torch
 from common.base import TaskVectorEnv, box
 
 
+def push_cart(state, force, length=0.5, pole=0.1, cart=1.0):
+    """CartPole-v1's step of .02 s. state [n, 4]: x, x', angle from upright, angle'; force [n] in N.
+
+    length: half the pole's, in m; pole, cart: masses in kg; numbers or [n]. Returns the next state.
+    """
+    x, x_dot, theta, theta_dot = state.unbind(1)
+    cos, sin, both = theta.cos(), theta.sin(), pole + cart
+    temp = (force + pole * length * theta_dot**2 * sin) / both
+    theta_acc = (9.8 * sin - cos * temp) / (length * (4 / 3 - pole * cos**2 / both))
+    x_acc = temp - pole * length * theta_acc * cos / both
+    return state + 0.02 * torch.stack([x_dot, x_acc, theta_dot, theta_acc], 1)
+
+
 def cartpole(state, push):
     """state [n, 4]: x, x', angle from upright, angle'. push [n]. Returns the next state, reward, ended."""
-    x, x_dot, theta, theta_dot = state.unbind(1)
-    cos, sin = theta.cos(), theta.sin()
-    temp = (10 * push + 0.05 * theta_dot**2 * sin) / 1.1  # masses 1 and .1 kg, half the pole's length .5 m
-    theta_acc = (9.8 * sin - cos * temp) / (0.5 * (4 / 3 - 0.1 * cos**2 / 1.1))
-    x_acc = temp - 0.05 * theta_acc * cos / 1.1
-    after = state + 0.02 * torch.stack([x_dot, x_acc, theta_dot, theta_acc], 1)
+    after = push_cart(state, 10 * push)
     return after, (1 + after[:, 2].cos()) / 2, after[:, 0].abs() > 2.4
 
 
@@ -37,15 +45,23 @@ def see_cartpole(state):
     return torch.stack([x, x_dot, theta.cos(), theta.sin(), theta_dot], 1)
 
 
-def pendulum(state, push):
-    """state [n, 4]: angle from upright, angle', 0, 0. push [n]. Returns the next state, reward, ended."""
-    theta, theta_dot = state[:, 0], state[:, 1]
-    torque = 2 * push
+def turn_pendulum(theta, theta_dot, torque, mass=1.0, length=1.0, gravity=10.0):
+    """Pendulum-v1's step of .05 s. theta, from upright, theta_dot, torque in Nm: [n].
+
+    mass in kg, length in m, gravity in m/s^2: numbers or [n]. Returns theta, theta_dot, reward.
+    """
     angle = (theta + math.pi) % (2 * math.pi) - math.pi
     cost = angle**2 + 0.1 * theta_dot**2 + 0.001 * torque**2
-    theta_dot = (theta_dot + (15 * theta.sin() + 3 * torque) * 0.05).clamp(-8, 8)
+    change = 3 * gravity / (2 * length) * theta.sin() + 3 / (mass * length**2) * torque
+    theta_dot = (theta_dot + change * 0.05).clamp(-8, 8)
+    return theta + 0.05 * theta_dot, theta_dot, -cost
+
+
+def pendulum(state, push):
+    """state [n, 4]: angle from upright, angle', 0, 0. push [n]. Returns the next state, reward, ended."""
+    theta, theta_dot, reward = turn_pendulum(state[:, 0], state[:, 1], 2 * push)
     none = torch.zeros_like(theta)
-    return torch.stack([theta + 0.05 * theta_dot, theta_dot, none, none], 1), -cost, none > 0
+    return torch.stack([theta, theta_dot, none, none], 1), reward, none > 0
 
 
 def see_pendulum(state):

@@ -111,7 +111,7 @@ class Locomotion(TaskVectorEnv):
         terminated = ~self._healthy() if self.terminates else np.zeros(self.num_envs, bool)
         terminated[exploded] = self.terminates
         truncated = (self._deadline.numpy() == self._clock) & ~terminated
-        final_obs = self._look()
+        final_obs, extra = self._look(), self._inform()
         obs, ended = final_obs.clone(), np.flatnonzero(terminated | truncated)
         if len(ended):
             self._restart(ended)
@@ -119,7 +119,7 @@ class Locomotion(TaskVectorEnv):
             self._deadline.numpy()[ended] = self._clock + self.horizon
         out = map(torch.from_numpy, (reward.astype(np.float32), terminated, truncated))
         obs, final_obs, *out = self._deliver(obs, final_obs, *out)
-        return obs, *out, {"final_obs": final_obs}
+        return obs, *out, {**extra, "final_obs": final_obs}
 
     def step_physics(self, action):
         """The simulation alone, which benchmark compares step with. action: NumPy [B, act]."""
@@ -163,6 +163,10 @@ class Locomotion(TaskVectorEnv):
 
     def _furnish(self, worlds):
         """Called when these worlds have a fresh pose: a place to change it."""
+
+    def _inform(self):
+        """What else a step's info says, before worlds whose episode is over begin anew."""
+        return {}
 
     def _find(self):
         return self._qpos[:, :1].copy()

@@ -395,7 +395,7 @@ def test_first_order_leaves_out_what_the_inner_step_adds():
     # first order takes the gradient at theta' for that at theta
     phi = maml.inner_step(policy, policy.per_task(N), inner, 0.3, small_args(maml))
     phi = [p.detach().requires_grad_() for p in phi]
-    output = policy(outer["obs"].flatten(1, 2), phi)
+    output = policy(outer["obs"], phi)
     loss = maml.surrogate_loss(policy, output, outer)
     expected = torch.cat([grad.sum(0).flatten() for grad in torch.autograd.grad(loss, phi)])
     close(first, expected)

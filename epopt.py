@@ -1,0 +1,937 @@
+r"""EPOpt: train on an ensemble of simulators, on those that go worst, and narrow the ensemble by real data.
+(Rajeswaran et al. 2017, arXiv:1610.01283)
+
+THE IDEA
+    A policy will act in a target system whose physics we know only roughly: a mass between 3 and 9 kg, some
+    friction. A policy trained in one simulator leans on its numbers and falls over with others. Training on
+    random draws of the numbers helps, but maximises the mean over models, and a mean can be bought by giving
+    up the few models that are hard to please.
+
+    So look at the tail. Draw many models, play one trajectory of each, throw away all but the worst tenth by
+    return, and improve the policy on those. It learns to be good where it is bad, until no part of the
+    ensemble is much worse than the rest. It is told nothing about the model that it is in.
+
+    And let the ensemble learn. A few trajectories of the target say which models could have made them: after
+    Bayes' rule the ensemble is narrower, training goes on there, and robustness is no longer paid for where
+    the target cannot be.
+
+ALGORITHM
+    repeat
+        draw N models p_k from the source distribution; play a trajectory tau_k of each          [Alg 1 l.2-4]
+        baseline and advantages A_t from all N                                                            [D3]
+        T = the ceil(epsilon N) trajectories of lowest return                                    [Alg 1 l.6-8]
+        a step of TRPO on T: ascend the mean of (pi / pi_played) A_t, KL at most delta        [TRPO Eq 14]
+        at some times, with --adapt-to-target:                                                       [Sec 3.2]
+            play trajectories of the target, recording the simulator's state s
+            log w_i = sum_t log N(s_t+1 | simulate(p_i, s_t, a_t), noise)      for each particle p_i
+            draw the particles anew with probability ~ w_i: the new source distribution
+    Objective: E[R | R is below its epsilon quantile], the conditional value at risk.            [Sec 3.1]
+    On a new system: act. It is --adapt-to-target that learns from it.
+    TRPO: Schulman et al. 2015, arXiv:1502.05477. GAE: Schulman et al. 2016, arXiv:1506.02438.
+
+DIFFERS FROM THE PAPER
+    D1  No difference, but worth knowing: this is not the gradient of the objective. With y the quantile that
+        is E[(R - y) sum_t grad log pi_t | R <= y] (Tamar et al. 2015, arXiv:1404.3862). EPOpt takes E[sum_t
+        A_t grad log pi_t | R <= y]. Over all trajectories baselines and centring change nothing, since grad
+        log p(tau) has mean 0; over the worst its mean is grad log P(R <= y), so they do. Advantages there are
+        negative on average; centring them, as here, adds a pull towards more such trajectories. Not centring
+        them is worse: then that one term, estimated from few trajectories, is most of the step.
+    D2  Trajectories are ranked by the sum of their rewards, as in the authors' code and as evaluation counts
+        them; the paper writes the discounted sum.
+    D3  The linear baseline is fitted to this iteration's trajectories, the authors' to the last one's.
+    D4  Fisher products see a share of the steps (fisher_fraction; TRPO's appendix C).
+    D5  A likelihood of hundreds of exact steps leaves one particle alone. Its logarithm is multiplied by the
+        largest number up to 1 that leaves an effective sample size of min_ess; what was held back comes with
+        the next rounds. And new particles are copies moved a little, so that mean and covariance stay (Liu
+        and West 2001). The noise is a share of how much each entry of the state changes in a step.
+    D6  Rounds of adaptation are spread evenly over one training, which goes on from the policy that it has.
+    D7  The default job is no body of MuJoCo, and smaller: 200 models, epsilon 1 for 30 iterations.
+        Paper: 240, and 100.
+
+TRAPS (each has a test that goes red when the trap is put in)
+    T1  A mass changed without its moments of inertia.
+    T2  The baseline fitted to the worst trajectories only: it takes their bad returns for normal.
+    T3  Trajectories ranked by what was paid after their end, by means, or by normalised rewards.
+    T4  Episodes that end early: what follows in their row is padding and no data.
+    T5  epsilon N rounded: .07 of 100 is 7.000000000000001 in floating point; equal returns in random order.
+    T6  Advantages standardised for each trajectory: what made one worse than another is taken away.
+    T7  The next episode's first state taken for the last one's successor: no model explains that jump.
+    T8  Likelihoods instead of their logarithms: a few hundred steps, and all are 0.
+    T9  Particles that leave the range that models may have, or all fall onto one.
+    T10 Log-probabilities or KL averaged over action dimensions: steps shrink as bodies grow.
+
+RUN
+    python epopt.py                                                     # a cart that runs: two minutes
+    python epopt.py --epsilon 1                                         # plain domain randomisation
+    python epopt.py --epsilon 1 --ensemble single                       # TRPO in one simulator
+    python epopt.py --adapt-to-target                                   # and learn from the target
+    python epopt.py --env-id HopperEnsemble-v0 --num-models 240 --warmup-iterations 50 --max-kl 0.02 \
+        --gamma 0.995 --fisher-fraction 0.1 --total-timesteps 30000000 --eval-every 10 --eval-episodes 1
+
+RESULT (held-out grid; +- a 95 % interval over seeds)
+    @@RESULT@@
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import gymnasium as gym
+import torch
+import tyro
+from torch import nn
+from torch.distributions import Categorical, Independent, Normal, kl_divergence
+from torch.nn.utils import vector_to_parameters
+from tqdm import tqdm
+
+import common
+
+# ================================ 1. Args ================================
+
+
+@dataclass
+class Args:
+    env_id: str = "CartPoleRunEnsemble-v0"  # task distribution: one of common.ids(), or your_module:YourId-v0
+    seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
+    total_timesteps: int = 16_000_000  # environment steps in all, those spent on adapting to a task too
+    device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
+    compile: bool = False  # torch.compile what main passes on as a function: may pay on a GPU
+    track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
+    wandb_project: str = "onefile-meta-rl"  # W&B project
+    wandb_entity: str = ""  # W&B user or team; empty: your default one
+    run_dir: str = "runs"  # parent folder of this run's own folder
+    eval_every: int = 20  # iterations between evaluations on the held-out tasks
+    save_every: int = 20  # iterations between checkpoints
+    resume: str = ""  # run folder (or checkpoint) to continue, on a CPU bit for bit; flags are remembered
+    evaluate: str = ""  # run folder (or checkpoint) to evaluate on the held-out tasks, then exit
+
+    ensemble: str = "normal"  # models to train on: normal or uniform draws, or single: nothing but the mean
+    source_mean: tuple[float, ...] = ()  # of each entry of a task row; empty: the environment's own
+    source_std: tuple[float, ...] = ()  # deviation of each entry; empty: the environment's own
+    source_low: tuple[float, ...] = ()  # no model is drawn from below these; empty: the environment's own
+    source_high: tuple[float, ...] = ()  # no model is drawn from above these; empty: the environment's own
+    num_models: int = 200  # N, models of an iteration, each with one trajectory [D7]
+    epsilon: float = 0.1  # share of the trajectories to learn from, the worst; 1: plain domain randomisation
+    warmup_iterations: int = (
+        30  # iterations with epsilon 1 at first: the worst of a beginner teach little [D7]
+    )
+    adapt_to_target: bool = False  # fit the source distribution to trajectories of the target
+    target: tuple[float, ...] = ()  # task row of the target; empty: the environment's named_tasks["target"]
+    adapt_rounds: int = 3  # how often that is done, spread evenly over training [D6]
+    target_episodes: int = 2  # trajectories of the target that a round sees
+    transitions: int = 100  # steps of these that particles are judged by
+    particles: int = 500  # models that stand for the source distribution from the first round on
+    model_noise: float = 0.1  # deviation of the likelihood, in units of how much each entry changes [D5]
+    min_ess: float = 0.1  # least effective sample size, as a share of the particles [D5]
+    hidden_size: int = 64  # width of the policy's two hidden layers
+    init_std: float = 1.0  # standard deviation of the first actions, whose bounds are -1 and 1
+    gamma: float = 0.99  # discount per step
+    gae_lambda: float = 1.0  # GAE: 1 uses whole sampled returns, less leans on the baseline
+    max_kl: float = 0.02  # delta, how far one iteration may move the policy
+    cg_steps: int = 10  # conjugate gradient iterations, one Fisher product each
+    cg_damping: float = 1e-5  # added to the diagonal of F
+    fisher_fraction: float = 0.1  # share of the steps in the Fisher products [D4]
+    deterministic_eval: bool = True  # at evaluation act by the policy's mean
+    eval_episodes: int = 10  # episodes of each held-out model
+    eval_tasks: int = 0  # held-out models to evaluate on; 0: all there are, at most 10,000
+
+
+# ============================== 2. Networks ==============================
+
+
+class TanhPolicy(nn.Module):
+    """Two hidden layers of tanh units; the deviation of actions is the same in all states."""
+
+    def __init__(self, obs_dim, action_space, hidden_size, init_std):
+        super().__init__()
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
+        sizes = (obs_dim, hidden_size, hidden_size, self.action_dim)
+        layers = []
+        for fan_in, fan_out, gain in zip(sizes, sizes[1:], (1.0, 1.0, 0.01), strict=False):
+            layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
+            nn.init.orthogonal_(layers[-2].weight, gain)
+            nn.init.zeros_(layers[-2].bias)
+        self.net = nn.Sequential(*layers[:-1])
+        if not self.discrete:
+            self.log_std = nn.Parameter(torch.full((self.action_dim,), math.log(init_std)))
+            for name, bound in (("low", action_space.low), ("high", action_space.high)):
+                self.register_buffer(name, torch.tensor(bound), persistent=False)
+
+    def forward(self, obs):
+        """obs: [..., obs]. Returns what defines the action distributions: (logits [..., act],), or (mean
+        [..., act], log_std [act]).
+        """
+        x = self.net(obs)
+        return (x,) if self.discrete else (x, self.log_std)
+
+    def distribution(self, output):
+        """forward's output -> distribution over [...]."""
+        if self.discrete:
+            return Categorical(logits=output[0], validate_args=False)
+        mean, log_std = output
+        normal = Normal(mean, log_std.exp(), validate_args=False)
+        return Independent(normal, 1, validate_args=False)  # T10: log-probs and KL SUM over action dimensions
+
+    def to_env(self, action):
+        """Actions are cut to [-1, 1] and stretched to the environment's box. Discrete: as it is."""
+        return action if self.discrete else self.low + (action.clamp(-1, 1) + 1) / 2 * (self.high - self.low)
+
+
+class Source(nn.Module):
+    """The distribution that models are drawn from: the environment's, and once adapted a set of particles."""
+
+    def __init__(self, env, count):
+        super().__init__()
+        self.register_buffer("particles", env.sample_tasks(count))  # [P, task_dim]
+        self.register_buffer("rounds", torch.zeros((), dtype=torch.int64, device=env.device))  # so far
+
+    def sample(self, env, count):
+        """-> models [count, task_dim]."""
+        if not self.rounds:
+            return env.sample_tasks(count)
+        return self.particles[torch.randint(len(self.particles), (count,), device=self.particles.device)]
+
+
+# ================================ 3. Data ================================
+
+
+def act(policy, obs, deterministic):
+    """obs [N, obs] -> actions [N] or [N, act], and their log-probability [N]."""
+    policies = policy.distribution(policy(obs))
+    action = policies.mode if deterministic else policies.sample()
+    return action, policies.log_prob(action)
+
+
+@torch.no_grad()
+def rollout(policy, act_fn, env, models, seed=None, deterministic=False, record=False):
+    """Play one trajectory of each model. [Alg 1 l.4]
+
+    models: [N, task_dim], N = env.num_envs; seed: of starts and noise; record: the simulator's states, too.
+    Returns a dict of [T, N, ...] tensors, T at least the steps of the longest episode: obs, action, logprob,
+    reward, success, valid (1 inside the episode, 0 after); if recorded state and next_state.
+    """
+    env.set_tasks(models)
+    obs, info = env.reset(seed=seed, options={"state": True} if record else None)
+    state = info.get("state")
+    valid = torch.ones(env.num_envs, device=obs.device)
+    no_success = torch.zeros_like(valid)
+    steps = []
+    for step in range(env.horizon):
+        if env.terminates and step % 10 == 0 and not bool(valid.any()):
+            break  # every episode is over
+        action, logprob = act_fn(policy, obs, deterministic)
+        steps.append({"obs": obs, "action": action, "logprob": logprob, "valid": valid})
+        obs, reward, terminated, truncated, info = env.step(policy.to_env(action))
+        steps[-1] |= {"reward": reward, "success": info.get("success", no_success)}
+        if record:  # T7: info's state is the one that this step led to; after an end, state is of no use
+            steps[-1] |= {"state": state, "next_state": info["state"]}
+            state = info["state"]
+        valid = valid * ~(terminated | truncated)  # T4: the environment begins anew, but that is no data
+    return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+
+
+def gae(reward, value, valid, gamma, gae_lambda):
+    """Generalised advantage estimation over sequences that end for good: nothing is bootstrapped after them.
+
+    reward, value, valid: [T, ...]; valid is 1 for the steps of a sequence and 0 for the padding behind them.
+    Returns advantage [T, ...], 0 in the padding.  A_t = delta_t + gamma lambda A_{t+1}  [GAE Eq 11, 16]
+
+    A sequence is what the objective sums over: an episode, or RL^2's trial of several. Cutting a trial where
+    an episode ends, as several public versions do, would leave exploration in the first one unpaid.
+    """
+    advantage = torch.zeros_like(reward)
+    next_value = next_advantage = torch.zeros_like(reward[0])
+    for step in reversed(range(len(reward))):
+        delta = reward[step] + gamma * next_value - value[step]
+        next_advantage = (delta + gamma * gae_lambda * next_advantage) * valid[step]
+        next_value = value[step] * valid[step]
+        advantage[step] = next_advantage
+    return advantage
+
+
+def linear_baseline(obs, ret, valid, ridge=1e-5):
+    """Predict returns from a state and its time within the episode: for each task one ridge regression.
+
+    obs: [T, N, E, obs]; ret, valid: [T, N, E]. Returns value [T, N, E]. One batched solve, in float64.
+    Features as in Duan et al. 2016, arXiv:1604.06778; the ridge is for fewer steps than features. [D4]
+    """
+    time = torch.arange(len(obs), device=obs.device).view(-1, 1, 1, 1) / 100
+    time = time.expand(*valid.shape, 1)  # T3: since the episode began, in every episode the same
+    x = obs.clamp(-10, 10)
+    features = torch.cat([x, x**2, time, time**2, time**3, torch.ones_like(time)], -1).double()
+    features = features.transpose(0, 1).flatten(1, 2)  # [N, T * E, features]
+    target, weight = (y.transpose(0, 1).flatten(1, 2)[..., None].double() for y in (ret, valid))
+    gram = (features * weight).mT @ features
+    gram = gram + ridge * torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+    coefficients = torch.linalg.solve(gram, (features * weight).mT @ target)  # [N, features, 1]
+    value = (features @ coefficients).to(ret.dtype)
+    return value.view(valid.shape[1], valid.shape[0], -1).transpose(0, 1)
+
+
+def add_values(episodes, gamma, gae_lambda):
+    """rollout's dict of [T, N, ...] with value, ret (discounted returns) and, 0 in the padding, advantage.
+
+    One baseline for all models, fitted to all trajectories, also to those that nothing is learned from. [T2]
+    An episode's end, be it the horizon, is the end of what is paid: nothing is bootstrapped after it.
+    """
+    reward, valid = episodes["reward"], episodes["valid"]
+    ret = gae(reward, torch.zeros_like(reward), valid, gamma, 1.0)  # without a critic: the discounted return
+    one_task = (x[:, None] for x in (episodes["obs"], ret, valid))  # [T, 1, N, ...]
+    value = linear_baseline(*one_task)[:, 0]
+    advantage = gae(reward, value, valid, gamma, gae_lambda)
+    return {**episodes, "value": value, "ret": ret, "advantage": advantage}
+
+
+def trajectory_returns(episodes):
+    """Undiscounted return of each trajectory: a dict of [T, N] -> [N]. [D2, T3]"""
+    return (episodes["reward"] * episodes["valid"]).sum(0)
+
+
+def worst(returns, epsilon):
+    """Indices of the ceil(epsilon N) lowest of N returns, lowest first; of equal ones those that come first.
+
+    returns: [N]; epsilon: more than 0, at most 1. [Alg 1 l.6-7]
+    """
+    count = math.ceil(round(epsilon * len(returns), 9))  # T5
+    return returns.sort(stable=True).indices[:count]
+
+
+def select(episodes, chosen):
+    """The steps inside the chosen trajectories. [Alg 1 l.8]
+
+    episodes: a dict of [T, N, ...]; chosen: indices of trajectories. Returns a dict of [M, ...], M steps in
+    all, whose advantage is standardised over them together [T6], with weight, the same for all of them.
+    """
+    episodes = {name: x[:, chosen] for name, x in episodes.items()}
+    inside = episodes["valid"] > 0  # T4
+    batch = {name: x[inside] for name, x in episodes.items()}
+    std, mean = torch.std_mean(batch["advantage"], correction=0)
+    batch["advantage"] = (batch["advantage"] - mean) / (std + 1e-8)  # no signal: noise of full size
+    return {**batch, "weight": torch.ones_like(batch["advantage"])}
+
+
+# =============================== 4. Update ===============================
+
+
+def surrogate_loss(policy, output, batch):
+    """-mean (pi / pi_played) A_t, a mean over steps by their weight, with pi_played's policy gradient.
+
+    output: of the policy in the batch's states; batch: action, logprob, advantage, weight. [TRPO Eq 14]
+    """
+    logprob = policy.distribution(output).log_prob(batch["action"])
+    ratio = (logprob - batch["logprob"]).exp()
+    return -(batch["weight"] * ratio * batch["advantage"]).sum() / batch["weight"].sum()
+
+
+def mean_kl(policy, output, old_output, batch):
+    """Mean of KL(pi_old || pi) over the batch's steps by their weight, of the policies that play."""
+    kl = kl_divergence(policy.distribution(old_output), policy.distribution(output))
+    return (batch["weight"] * kl).sum() / batch["weight"].sum()
+
+
+def flatten(tensors):
+    """A list of tensors -> one vector."""
+    return torch.cat([x.reshape(-1) for x in tensors])
+
+
+def fisher_product(policy, output, batch):
+    """Returns v -> F v, F the Hessian of mean_kl in theta, at the theta that made output. v: [theta].
+
+    With J = d output / d theta and H the Hessian of the KL in the output, the Hessian is J^T H J plus a term
+    in the KL's first derivative, which is zero here: nothing is left out. J runs through whatever made output
+    from theta, and all graphs are built once and used by every product. [TRPO App C]
+    """
+    theta = list(policy.parameters())
+    at_old = [x.detach().clone().requires_grad_() for x in output]
+    kl = mean_kl(policy, at_old, [x.detach() for x in output], batch)
+    kl_gradient = torch.autograd.grad(kl, at_old, create_graph=True)  # zero here; its derivative is H
+    dummy = [torch.zeros_like(x, requires_grad=True) for x in output]
+    pullback = torch.autograd.grad(output, theta, dummy, create_graph=True)  # J^T dummy, linear in dummy
+
+    def product(vector):
+        parts = vector.split([p.numel() for p in theta])
+        parts = [part.view_as(p) for part, p in zip(parts, theta, strict=True)]
+        change = torch.autograd.grad(pullback, dummy, parts, retain_graph=True)  # J v
+        change = torch.autograd.grad(kl_gradient, at_old, change, retain_graph=True)  # H J v
+        return flatten(torch.autograd.grad(output, theta, change, retain_graph=True))  # J^T H J v
+
+    return product
+
+
+def conjugate_gradient(product, b, steps, tolerance=1e-10):
+    """Solve A x = b for a positive definite A given as x -> A x. b: [n]. Returns x after at most steps."""
+    x, residual = torch.zeros_like(b), b
+    direction, square = residual, residual @ residual
+    for _ in range(steps):
+        if square < tolerance:
+            break
+        image = product(direction)
+        step = square / (direction @ image)
+        x = x + step * direction  # T9: new tensors each time, since these begin as one and the same
+        residual = residual - step * image
+        last, square = square, residual @ residual
+        direction = residual + square / last * direction
+    return x
+
+
+def policy_line_search(policy, batch, old_output, old_loss, step, args):
+    """Move theta by step, shortened by .8 until the loss falls and the KL is at most delta, or not at all.
+
+    batch: as in select; old_output: of the policy that played. Returns the loss, the KL and the fraction of
+    the step that was taken (0: none).
+    """
+    theta = flatten(policy.parameters()).detach()
+    for fraction in [0.8**k for k in range(15)]:  # numbers of the authors' code
+        vector_to_parameters(theta + fraction * step, policy.parameters())
+        with torch.no_grad():
+            output = policy(batch["obs"])
+            loss = surrogate_loss(policy, output, batch)
+            kl = mean_kl(policy, output, old_output, batch)
+        if loss < old_loss and kl <= args.max_kl:  # false for nan, too
+            return loss, kl, fraction
+    vector_to_parameters(theta, policy.parameters())
+    return old_loss, torch.zeros_like(old_loss), 0.0
+
+
+def update(policy, batch, args):
+    """A step of TRPO, in place. [Alg 1 l.9] batch: the chosen trajectories, as in select. Returns metrics."""
+    output = policy(batch["obs"])
+    old_output = [x.detach().clone() for x in output]
+    loss = surrogate_loss(policy, output, batch)
+    gradient = flatten(torch.autograd.grad(loss, list(policy.parameters()), retain_graph=True))  # D1
+    total = len(batch["weight"])
+    count = math.ceil(args.fisher_fraction * total)
+    seen = batch
+    if count < total:  # D4
+        some = torch.arange(count, device=gradient.device) * total // count
+        seen = {name: x[some] for name, x in batch.items()}
+        output = policy(seen["obs"])
+    product = fisher_product(policy, output, seen)
+
+    def damped_fisher(vector):
+        return product(vector) + args.cg_damping * vector
+
+    direction = conjugate_gradient(damped_fisher, gradient, args.cg_steps)
+    # The KL along it is about x^T F x / 2, and x^T F x = x^T g for whatever conjugate gradient returns.
+    step = -direction * (2 * args.max_kl / (direction @ gradient).clamp(min=1e-30)).sqrt()
+    new_loss, kl, fraction = policy_line_search(policy, batch, old_output, loss.detach(), step, args)
+    metrics = {"losses/policy": new_loss, "debug/kl": kl, "debug/step": fraction}
+    metrics |= {"debug/grad_norm": gradient.norm()}
+    metrics["debug/entropy"] = policy.distribution(old_output).entropy().mean()
+    return {name: float(x) for name, x in metrics.items()}
+
+
+def unexplained_variance(episodes):
+    """How much of the variance of returns the baseline leaves unexplained, over all trajectories."""
+    inside = episodes["valid"] > 0
+    ret, value = episodes["ret"][inside], episodes["value"][inside]
+    return ((ret - value) ** 2).mean() / ret.var(correction=0).clamp(min=1e-8)
+
+
+# ================================ 5. Adapt ===============================
+
+
+def log_likelihood(env, particles, played, noise):
+    """How well each model explains recorded steps: sum of log p(s' | s, a, model) + a constant. [Sec 3.2]
+
+    s' ~ N(simulate(model, s, a), (noise * spread)^2), spread: deviation of s' - s, by entry of the state.
+    particles: [P, task_dim]; played: a dict of state, next_state [M, state] and action [M, act], as the
+    environment got it. Returns [P] in float64; not finite where a simulation failed.
+    """
+    state, action, after = (played[name] for name in ("state", "action", "next_state"))
+    rows = particles.repeat_interleave(len(state), 0)
+    predicted = env.simulate(rows, state.repeat(len(particles), 1), action.repeat(len(particles), 1))
+    spread = (after - state).std(0, correction=0).clamp(min=1e-6)
+    error = (predicted.unflatten(0, (len(particles), -1)) - after) / (noise * spread)  # [P, M, state]
+    return -(error**2).sum((1, 2)).double() / 2
+
+
+def effective_sample_size(weights):
+    """Of weights that sum to 1, [P]: P where all are the same, 1 where one has everything."""
+    return 1 / (weights**2).sum()
+
+
+def tempered_weights(log_weights, min_ess):
+    """exp(beta log_weights), normalised, beta the largest number to 1 that leaves min_ess P effective. [D5]
+
+    log_weights: [P]; a particle whose own is not finite gets nothing. Returns weights [P], beta.
+    """
+    known = log_weights.isfinite()
+    if not known.any():  # no model explains anything: believe what was believed
+        return torch.full_like(log_weights, 1 / len(log_weights)), 0.0
+
+    def weigh(beta):  # T8: softmax subtracts the largest first
+        return (beta * log_weights).masked_fill(~known, -math.inf).softmax(0)
+
+    floor = min_ess * len(log_weights)
+    if effective_sample_size(weigh(1.0)) >= floor:
+        return weigh(1.0), 1.0
+    low, high = 0.0, 1.0
+    for _ in range(100):  # halving: betas of 1e-9 occur
+        middle = (low + high) / 2
+        low, high = (middle, high) if effective_sample_size(weigh(middle)) >= floor else (low, middle)
+    return weigh(low), low
+
+
+def resample(particles, weights, low, high, keep=0.98):
+    """Draw particles by their weights and move each a little; mean and covariance stay as weighted. [D5]
+
+    particles: [P, task_dim]; weights: [P], summing to 1; low, high: [task_dim], limits of a model. [T9] A
+    copy is keep of itself and (1 - keep) of the mean, plus noise of (1 - keep^2) of the covariance.
+    """
+    x, weights = particles.double(), weights.double()
+    mean = weights @ x
+    covariance = (weights[:, None] * (x - mean)).T @ (x - mean)
+    values, vectors = torch.linalg.eigh(covariance)  # singular where an entry does not vary
+    root = vectors * values.clamp(min=0).sqrt()
+    # one random number and equal strides: a weight of k / P gives k copies
+    places = (torch.arange(len(x), device=x.device) + torch.rand((), device=x.device, dtype=x.dtype)) / len(x)
+    chosen = torch.searchsorted(weights.cumsum(0), places).clamp(max=len(x) - 1)
+    x = mean + keep * (x[chosen] - mean) + (1 - keep**2) ** 0.5 * torch.randn_like(x) @ root.T
+    x = low + (x - low).abs()  # what would leave is thrown back
+    x = high - (high - x).abs()
+    return torch.maximum(torch.minimum(x, high), low).to(particles.dtype)
+
+
+def adapt(policy, act_fn, env, source, target, args):
+    """A round: play the target, and fit the source distribution to what it did, in place. [Sec 3.2]
+
+    env: an environment of target_episodes rows; target: the true model [task_dim], which only env is told.
+    Returns metrics, and how many steps were played in the target.
+    """
+    episodes = rollout(policy, act_fn, env, target.expand(env.num_envs, -1), record=True)
+    inside = episodes["valid"] > 0
+    played = {name: episodes[name][inside] for name in ("state", "action", "next_state")}
+    total = len(played["state"])
+    count = min(total, args.transitions)
+    some = torch.arange(count, device=inside.device) * total // count
+    played = {name: x[some] for name, x in played.items()}  # [M, ...]
+    played["action"] = policy.to_env(played["action"])
+    log_weights = log_likelihood(env, source.particles, played, args.model_noise)
+    weights, beta = tempered_weights(log_weights, args.min_ess)
+    low, high = env.ensemble[2:]
+    source.particles.copy_(resample(source.particles, weights, low, high))
+    source.rounds += 1
+    metrics = {"adapt/ess": float(effective_sample_size(weights) / len(weights)), "adapt/beta": beta}
+    for name, entry in zip(env.parameter_names, source.particles.T, strict=True):
+        metrics |= {f"adapt/mean {name}": float(entry.mean()), f"adapt/std {name}": float(entry.std())}
+    return metrics, total
+
+
+# ============================== 6. Evaluate ==============================
+
+EVAL_SEED = 20_161_005  # of starts, noise and actions in every evaluation of every run
+TARGET_ROWS = 20  # the target stands in the evaluation as so many models
+
+
+def evaluate(policy, env, models, groups, act_fn, args):
+    """Play eval_episodes of each held-out model, env.num_envs in all. Nothing is told, nothing changes.
+
+    models: [G, task_dim]; groups: name -> slice of them, "grid" among them: what has no suffix below.
+    eval/return_std, _p10, _cvar10 (mean of the worst tenth) are over episodes of all models of a group, and
+    eval/return_at_V, _p10_at_V, _p90_at_V over those whose first entry is V.
+    """
+    with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
+        torch.manual_seed(EVAL_SEED)
+        rows = models.repeat_interleave(args.eval_episodes, 0)
+        episodes = rollout(policy, act_fn, env, rows, EVAL_SEED, args.deterministic_eval)
+    returns = trajectory_returns(episodes).unflatten(0, (len(models), -1))  # [G, episodes]
+    lengths = episodes["valid"].sum(0).unflatten(0, (len(models), -1))
+    success = (episodes["success"] * episodes["valid"]).amax(0).unflatten(0, (len(models), -1)).mean(1)
+    grid = groups["grid"]
+    of_models = (x[grid].mean(1, keepdim=True) for x in (returns, lengths))
+    metrics = summarize(*of_models, success[grid, None] if env.has_success else None)
+    for group, rows in groups.items():
+        x, suffix = returns[rows].flatten(), "" if group == "grid" else f"_{group}"
+        numbers = {"": x.mean(), "_std": x.std(correction=0)}
+        numbers |= {"_p10": x.quantile(0.1), "_cvar10": x[worst(x, 0.1)].mean()}
+        metrics |= {f"eval/return{name}{suffix}": float(value) for name, value in numbers.items()}
+    if "inside" in groups:
+        inside = torch.zeros(len(models), dtype=torch.bool, device=models.device)
+        inside[groups["inside"]] = True
+        for first in models[grid, 0].unique():
+            at = (models[:, 0] == first)[grid]
+            at = at & inside[grid] if (at & inside[grid]).any() else at  # beyond its range: whatever there is
+            x = returns[grid][at].flatten()
+            for name, value in (("", x.mean()), ("_p10", x.quantile(0.1)), ("_p90", x.quantile(0.9))):
+                metrics[f"eval/return{name}_at_{first:.3g}"] = float(value)
+    return metrics
+
+
+def summarize(returns, lengths, success=None):
+    """Held-out results as metrics. All [N, stages]; stage 0 is before any adaptation.
+
+    A stage is an episode of RL^2's trial, or what MAML plays between two gradient steps. lengths: in steps.
+    """
+    num_tasks, num_stages = returns.shape
+    to_error = max(num_tasks - 1, 1) ** -0.5  # from the deviation in this sample to a standard error
+    steps_before = lengths.cumsum(1) - lengths
+    metrics = {"eval/adaptation_gain": (returns[:, -1] - returns[:, 0]).mean()}
+    stride = max(1, num_stages // 10)  # of a hundred pulls, every tenth will do
+    for stage in sorted({*range(min(2, num_stages)), *range(0, num_stages, stride), num_stages - 1}):
+        metrics[f"eval/return_ep{stage}"] = returns[:, stage].mean()
+        metrics[f"eval/return_se_ep{stage}"] = returns[:, stage].std(correction=0) * to_error
+        metrics[f"eval/adapt_steps_ep{stage}"] = steps_before[:, stage].mean()
+        metrics[f"eval/length_ep{stage}"] = lengths[:, stage].mean()
+        if success is not None:
+            metrics[f"eval/success_ep{stage}"] = success[:, stage].mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+# ==================== Run folder, log, checkpoint [shared] ====================
+
+SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
+MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()
+ENTRIES = set("script args modules rng cuda_rng iteration global_step metrics_bytes wandb_id".split())
+
+
+def fail(message):
+    """End the program with one clear line instead of a traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+def require(condition, flag, value, expected):
+    """Stop, before any training, over a flag that is out of range."""
+    if not condition:
+        fail(f"--{flag.replace('_', '-')} {value}: expected {expected}")
+
+
+def parse_args(args_class, argv=None):
+    """Command line -> args, checkpoint. For --resume and --evaluate its flags are the defaults."""
+
+    def parse(default):
+        words = io.StringIO()  # tyro draws a box around its complaints: keep the words
+        try:
+            with contextlib.redirect_stderr(words):
+                return tyro.cli(args_class, args=argv, default=default, description=__doc__)
+        except SystemExit as stop:
+            if not stop.code:
+                raise  # --help
+            fail(" ".join(re.sub(r"[^\x20-\x7e]+", " ", words.getvalue()).split()))
+
+    args = parse(args_class())
+    if args.resume and args.evaluate:
+        fail("--resume continues training and --evaluate does not train: give one of them")
+    if not (args.resume or args.evaluate):
+        return args, None
+    checkpoint = load_checkpoint(args.resume or args.evaluate)
+    if checkpoint["args"].keys() != asdict(args).keys():
+        fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py, which had other flags")
+    saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
+    args = parse(saved)
+    for name in [field.name for field in fields(args_class) if field.name not in ("resume", "evaluate")]:
+        given, was = getattr(args, name), getattr(saved, name)
+        if given != was and (name not in MAY_CHANGE if args.resume else name == "env_id"):
+            fail(f"--{name.replace('_', '-')} {given}: {checkpoint['file']} was trained with {was}")
+    return args, checkpoint
+
+
+def check_experiment(args):
+    """Check the flags that every script has. Returns the torch device."""
+    for name in ("total_timesteps", "eval_every", "save_every"):
+        require(getattr(args, name) > 0, name, getattr(args, name), "a positive number")
+    require(0 <= args.seed < 2**30, "seed", args.seed, "a whole number from 0 to 2^30 - 1")
+    require(args.device in ("auto", "cpu", "cuda"), "device", args.device, "auto, cpu or cuda")
+    cuda = torch.cuda.is_available()
+    require(cuda or args.device != "cuda", "device", "cuda", "cpu, since PyTorch sees no GPU on this machine")
+    return torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+
+
+def make_env(env_id, num_envs, device, seed):
+    """common.make, whose complaints end the program in one line."""
+    try:
+        return common.make(env_id, num_envs=num_envs, device=device, seed=seed)
+    except (ValueError, ImportError) as error:
+        fail(f"--env-id {env_id}: {error}")
+
+
+def clock(device):
+    """Seconds, once all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of this script (the file, or its run folder); anything else ends in one line."""
+    file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"there is no checkpoint at {file}")
+    except Exception as error:  # whatever a damaged or foreign file makes the reader say
+        fail(f"{file} cannot be read as a checkpoint ({type(error).__name__})")
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= ENTRIES:
+        fail(f"{file} is not a checkpoint of this project")
+    if checkpoint["script"] != SCRIPT:
+        fail(f"{file} was written by {checkpoint['script']}.py, this is {SCRIPT}.py")
+    return {**checkpoint, "file": str(file)}
+
+
+def restore(checkpoint, modules):
+    """Put the saved state into modules, a dict of all that has a state_dict; and set the random states."""
+    for name, module in modules.items():
+        try:
+            module.load_state_dict(checkpoint["modules"][name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            fail(f"the {name} of {checkpoint['file']} does not fit: {' '.join(str(error).split())[:200]}")
+    torch.set_rng_state(checkpoint["rng"])
+    if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+
+
+def start_run(args, checkpoint):
+    """Make (to resume: reopen) the run folder and its log. Returns folder, log, wandb, wandb_id, unsent."""
+    stamp = f"{SCRIPT}__{args.env_id}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.run_dir) / re.sub(r"[^\w.-]", ".", stamp)
+    folder = folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
+    folder = Path(checkpoint["file"]).parent if checkpoint else folder
+    wandb_id = checkpoint["wandb_id"] if checkpoint else ""
+    run = {"folder": folder, "wandb": None, "wandb_id": wandb_id, "unsent": []}
+    try:
+        folder.mkdir(parents=True, exist_ok=bool(checkpoint))
+        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        run["log"] = open(folder / "metrics.jsonl", "a+")  # noqa: SIM115 (open as long as the run)
+        if checkpoint:  # rows past the checkpoint will be made again
+            run["log"].truncate(run["log"].seek(min(checkpoint["metrics_bytes"], run["log"].tell())))
+    except OSError as error:
+        fail(f"--run-dir {folder.parent}: cannot write {folder} ({error.strerror})")
+    if args.track:
+        import wandb
+
+        where = {"project": args.wandb_project, "entity": args.wandb_entity or None, "dir": folder}
+        identity = {"name": folder.name, "id": wandb_id or None, "resume": "allow"}
+        try:
+            run["wandb"] = wandb.init(**where, **identity, config=asdict(args), save_code=True)
+        except wandb.errors.Error as error:
+            fail(f"--track: {' '.join(str(error).split())} (WANDB_MODE=offline needs no account)")
+        run["wandb_id"] = run["wandb"].id
+        run["wandb"].define_metric("*", step_metric="global_step")
+    return run
+
+
+def check_finite(run, global_step, metrics):
+    """A number that is not finite stops the run before it can be saved."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            last_good = run["folder"] / "checkpoint.pt"
+            fail(f"{name} is {value} at step {global_step}; {last_good} is from before it")
+
+
+def log(run, global_step, metrics):
+    """A row for metrics.jsonl now, and for W&B once a checkpoint covers it: resuming sends none twice."""
+    row = {"global_step": global_step, **metrics}
+    try:
+        run["log"].write(json.dumps(row) + "\n")
+        run["log"].flush()
+    except OSError as error:
+        fail(f"cannot write {run['log'].name} ({error.strerror}); go on later with --resume {run['folder']}")
+    run["unsent"].append(row)
+
+
+def save_checkpoint(run, args, modules, iteration, global_step):
+    """All that decides the rest of the run, as plain tensors and numbers, in a file that is always whole."""
+    checkpoint = {"script": SCRIPT, "args": asdict(args), "iteration": iteration, "global_step": global_step}
+    checkpoint["modules"] = {name: module.state_dict() for name, module in modules.items()}
+    checkpoint["rng"] = torch.get_rng_state()
+    checkpoint["cuda_rng"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    checkpoint |= {"metrics_bytes": run["log"].tell(), "wandb_id": run["wandb_id"]}
+    file = run["folder"] / "checkpoint.pt"
+    try:
+        with open(f"{file}.tmp", "wb") as handle:
+            torch.save(checkpoint, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(f"{file}.tmp", file)  # a crash leaves the old one or the new one, never half of one
+    except (OSError, RuntimeError) as error:
+        Path(f"{file}.tmp").unlink(missing_ok=True)
+        fail(f"cannot save {file} ({' '.join(str(error).split())}); the one before it, if any, is untouched")
+    if run["wandb"] is not None:
+        for row in run["unsent"]:
+            run["wandb"].log(row)
+    run["unsent"].clear()
+
+
+def print_report(env, metrics, num_tasks, stage):
+    """The held-out result as a small table, beside the references that the task distribution knows.
+
+    stage: what the numbers in eval/return_ep0, ep1, ... count.
+    """
+    stages = [int(key[14:]) for key in metrics if key.startswith("eval/return_ep")]
+    columns = [c for c in ("adapt_steps", "return", "return_se", "success") if f"eval/{c}_ep0" in metrics]
+    print(f"\n{env.spec.id}: {num_tasks} held-out tasks")
+    print("".join(f"{column:>14}" for column in (stage, *columns)))
+    for number in stages:
+        cells = [f"{metrics[f'eval/{key}_ep{number}']:14.3f}" for key in columns]
+        print(f"{number:14d}" + "".join(cells))
+    tables = {"an episode": env.references}
+    if "eval/return_trial" in metrics:
+        total, error = metrics["eval/return_trial"], metrics["eval/return_trial_se"]
+        print(f"sum over the trial: {total:.3f} +- {error:.3f} (standard error)")
+        tables["the trial"] = env.trial_references.get(stages[-1] + 1, {})
+    for what, players in tables.items():
+        for player, value in players.items():
+            print(f"reference, {what}: {player} {value:.3f}")
+
+
+# ================================ 7. Main ================================
+
+
+def check_epopt(args):
+    """Check the flags of this script, except for what depends on the environment."""
+    positive = ("num_models", "adapt_rounds", "target_episodes", "transitions", "particles")
+    for name in (*positive, "hidden_size", "cg_steps", "eval_episodes", "init_std", "max_kl", "model_noise"):
+        require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
+    for name in ("warmup_iterations", "cg_damping", "eval_tasks"):
+        require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
+    for name in ("gamma", "gae_lambda"):
+        require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "a number from 0 to 1")
+    for name in ("epsilon", "fisher_fraction", "min_ess"):
+        require(0 < getattr(args, name) <= 1, name, getattr(args, name), "more than 0, at most 1")
+    few = args.num_models * args.epsilon < 1 - 1e-9
+    require(not few, "num_models", args.num_models, f"at least 1 / epsilon, with --epsilon {args.epsilon}")
+    kinds = ("normal", "uniform", "single")
+    require(args.ensemble in kinds, "ensemble", args.ensemble, "normal, uniform or single")
+
+
+def set_ensemble(env, args):
+    """Let env draw its models from what the flags say. [Alg 1 l.3]"""
+    rows, given = (
+        env.ensemble,
+        {name: getattr(args, f"source_{name}") for name in ("mean", "std", "low", "high")},
+    )
+    if rows is None:
+        asked = args.ensemble != "normal" or args.adapt_to_target or args.target or any(given.values())
+        unable = "has no ensemble, so no --ensemble, --source-..., --target or --adapt-to-target"
+        return fail(f"--env-id {args.env_id}: {unable}") if asked else None
+    for row, (name, values) in zip(rows, given.items(), strict=True):
+        if values:
+            one_each = f"a number for each of {', '.join(env.parameter_names)}"
+            require(len(values) == len(row), f"source_{name}", values, one_each)
+            row[:] = torch.tensor(values, dtype=row.dtype)
+    mean, std, low, high = rows
+    kinds = {"normal": std, "uniform": torch.where(low < high, math.inf, 0.0), "single": 0 * mean}
+    std[:] = kinds[args.ensemble]
+    try:
+        env.ensemble = rows
+    except ValueError as error:
+        fail(f"--source-mean, -std, -low or -high: {error}")
+
+
+def held_out_models(env, args):
+    """-> models [G, task_dim] to evaluate on, the target after all others; and groups, see evaluate."""
+    held_out = env.num_test_tasks
+    count = args.eval_tasks or min(10_000, held_out)
+    require(count <= held_out, "eval_tasks", count, f"at most {held_out}, all that are held out")
+    models, groups = env.sample_tasks(count, split="test"), {}
+    for name, rows in env.test_groups.items():
+        if rows.start < count:
+            groups[name] = slice(rows.start, min(rows.stop, count))
+    grid_ends = [rows.stop for name, rows in groups.items() if name in ("inside", "beyond")]
+    groups = {"grid": slice(0, max(grid_ends, default=count)), **groups}
+    if "target" in env.named_tasks and env.ensemble is not None:
+        target = env.named_tasks["target"]
+        if args.target:
+            one_each = f"a positive number for each of {', '.join(env.parameter_names)}"
+            fits = len(args.target) == len(target) and all(0 < x < math.inf for x in args.target)
+            require(fits, "target", args.target, one_each)
+            target = torch.tensor(args.target, device=target.device)
+        models = torch.cat([models, target.expand(TARGET_ROWS, -1)])
+        groups["target"] = slice(count, len(models))
+    return models, groups
+
+
+def print_grid(report, groups):
+    """What print_report leaves out: the spread over models, for each group of them."""
+    columns = ("", "_std", "_p10", "_cvar10")
+    print("\n" + "".join(f"{name:>14}" for name in ("models", "return", "std", "p10", "cvar10")))
+    for group in groups:
+        keys = [f"eval/return{column}{'' if group == 'grid' else f'_{group}'}" for column in columns]
+        print(f"{group:>14}" + "".join(f"{report[key]:14.3f}" for key in keys))
+
+
+def train_step(policy, act_fn, env, source, iteration, args):
+    """An iteration of [Alg 1]. Returns metrics, and how many steps were played."""
+    start = clock(env.device)
+    models = source.sample(env, args.num_models)
+    episodes = add_values(rollout(policy, act_fn, env, models), args.gamma, args.gae_lambda)
+    returns, steps = trajectory_returns(episodes), int(episodes["valid"].sum(dtype=torch.int64))
+    chosen = worst(returns, 1.0 if iteration < args.warmup_iterations else args.epsilon)
+    collected = clock(env.device)
+    metrics = update(policy, select(episodes, chosen), args)
+    learned = clock(env.device)
+    metrics["debug/explained_variance"] = 1 - float(unexplained_variance(episodes))
+    metrics |= {"charts/return": float(returns.mean()), "charts/return_worst": float(returns[chosen].mean())}
+    metrics |= {"charts/iteration": iteration + 1, "charts/SPS": steps / (learned - start)}
+    metrics |= {"time/rollout": collected - start, "time/update": learned - collected}
+    return metrics, steps
+
+
+def main(argv=None):
+    args, checkpoint = parse_args(Args, argv)
+    device = check_experiment(args)
+    check_epopt(args)
+    torch.manual_seed(args.seed)
+
+    env = make_env(args.env_id, 1 if args.evaluate else args.num_models, device, args.seed)
+    set_ensemble(env, args)
+    models, groups = held_out_models(env, args)
+    target_env = make_env(args.env_id, args.target_episodes, device, args.seed)
+    eval_env = make_env(args.env_id, len(models) * args.eval_episodes, device, seed=0)
+    obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
+    policy = TanhPolicy(obs_dim, action_space, args.hidden_size, args.init_std).to(device)
+    source = Source(env, args.particles)
+    act_fn = torch.compile(act) if args.compile else act
+    modules = {"policy": policy, "source": source, "env": env, "target_env": target_env}  # all with a state
+    if args.evaluate:
+        restore(checkpoint, {"policy": policy})
+        report = evaluate(policy, eval_env, models, groups, act_fn, args)
+        print_report(eval_env, report, groups["grid"].stop, "adaptation")
+        print_grid(report, groups)
+        return
+
+    iteration = global_step = 0
+    if checkpoint:
+        restore(checkpoint, modules)
+        iteration, global_step = checkpoint["iteration"], checkpoint["global_step"]
+    run = start_run(args, checkpoint)
+    save_checkpoint(run, args, modules, iteration, global_step)  # a run can be resumed from its first second
+    report, total = {}, args.total_timesteps
+
+    with tqdm(total=total, initial=global_step, unit="step", unit_scale=True) as bar:
+        while global_step < total:
+            metrics, steps = train_step(policy, act_fn, env, source, iteration, args)
+            rounds = int(source.rounds)
+            due = (global_step + steps) / total >= (rounds + 1) / (args.adapt_rounds + 1)
+            if args.adapt_to_target and rounds < args.adapt_rounds and due:  # D6
+                adapted, played = adapt(policy, act_fn, target_env, source, models[-1], args)
+                metrics, steps = metrics | adapted, steps + played
+            iteration, global_step, learned = iteration + 1, global_step + steps, clock(device)
+            check_finite(run, global_step, metrics)
+            if iteration % args.eval_every == 0 or global_step >= total:
+                report = evaluate(policy, eval_env, models, groups, act_fn, args)
+                metrics |= {**report, "time/evaluate": clock(device) - learned}
+                mean, tail = report["eval/return_ep0"], report["eval/return_p10"]
+                bar.set_postfix(held_out=f"{mean:.2f}", p10=f"{tail:.2f}")
+            log(run, global_step, metrics)
+            if iteration % args.save_every == 0 or global_step >= total:
+                save_checkpoint(run, args, modules, iteration, global_step)
+            bar.update(steps)
+
+    if run["wandb"] is not None:
+        run["wandb"].finish()
+    report = report or evaluate(policy, eval_env, models, groups, act_fn, args)
+    print_report(eval_env, report, groups["grid"].stop, "adaptation")
+    print_grid(report, groups)
+    print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
+
+
+if __name__ == "__main__":
+    main()
