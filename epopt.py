@@ -118,9 +118,7 @@ class Args:
     source_high: tuple[float, ...] = ()  # no model is drawn from above these; empty: the environment's own
     num_models: int = 200  # N, models of an iteration, each with one trajectory [D7]
     epsilon: float = 0.1  # share of the trajectories to learn from, the worst; 1: plain domain randomisation
-    warmup_iterations: int = (
-        30  # iterations with epsilon 1 at first: the worst of a beginner teach little [D7]
-    )
+    warmup_iterations: int = 30  # at first epsilon is 1, for so many iterations [D7]
     adapt_to_target: bool = False  # fit the source distribution to trajectories of the target
     target: tuple[float, ...] = ()  # task row of the target; empty: the environment's named_tasks["target"]
     adapt_rounds: int = 3  # how often that is done, spread evenly over training [D6]
@@ -202,7 +200,7 @@ class Source(nn.Module):
 # ================================ 3. Data ================================
 
 
-def act(policy, obs, deterministic):
+def draw_action(policy, obs, deterministic):
     """obs [N, obs] -> actions [N] or [N, act], and their log-probability [N]."""
     policies = policy.distribution(policy(obs))
     action = policies.mode if deterministic else policies.sample()
@@ -217,7 +215,7 @@ def rollout(policy, act_fn, env, models, seed=None, deterministic=False, record=
     Returns a dict of [T, N, ...] tensors, T at least the steps of the longest episode: obs, action, logprob,
     reward, success, valid (1 inside the episode, 0 after); if recorded state and next_state.
     """
-    env.set_tasks(models)
+    env.set_tasks(models)  # T1: where a mass comes with its moments of inertia
     obs, info = env.reset(seed=seed, options={"state": True} if record else None)
     state = info.get("state")
     valid = torch.ones(env.num_envs, device=obs.device)
@@ -284,7 +282,7 @@ def add_values(episodes, gamma, gae_lambda):
     reward, valid = episodes["reward"], episodes["valid"]
     ret = gae(reward, torch.zeros_like(reward), valid, gamma, 1.0)  # without a critic: the discounted return
     one_task = (x[:, None] for x in (episodes["obs"], ret, valid))  # [T, 1, N, ...]
-    value = linear_baseline(*one_task)[:, 0]
+    value = linear_baseline(*one_task)[:, 0]  # D3
     advantage = gae(reward, value, valid, gamma, gae_lambda)
     return {**episodes, "value": value, "ret": ret, "advantage": advantage}
 
@@ -534,8 +532,8 @@ TARGET_ROWS = 20  # the target stands in the evaluation as so many models
 def evaluate(policy, env, models, groups, act_fn, args):
     """Play eval_episodes of each held-out model, env.num_envs in all. Nothing is told, nothing changes.
 
-    models: [G, task_dim]; groups: name -> slice of them, "grid" among them: what has no suffix below.
-    eval/return_std, _p10, _cvar10 (mean of the worst tenth) are over episodes of all models of a group, and
+    models: [G, task_dim]; groups: name -> slice of them; the first is what has no suffix in the metrics.
+    eval/return_std, _p10, _cvar10 (mean of the worst tenth) are over all episodes of a group's models, and
     eval/return_at_V, _p10_at_V, _p90_at_V over those whose first entry is V.
     """
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
@@ -544,24 +542,22 @@ def evaluate(policy, env, models, groups, act_fn, args):
         episodes = rollout(policy, act_fn, env, rows, EVAL_SEED, args.deterministic_eval)
     returns = trajectory_returns(episodes).unflatten(0, (len(models), -1))  # [G, episodes]
     lengths = episodes["valid"].sum(0).unflatten(0, (len(models), -1))
-    success = (episodes["success"] * episodes["valid"]).amax(0).unflatten(0, (len(models), -1)).mean(1)
-    grid = groups["grid"]
-    of_models = (x[grid].mean(1, keepdim=True) for x in (returns, lengths))
-    metrics = summarize(*of_models, success[grid, None] if env.has_success else None)
-    for group, rows in groups.items():
-        x, suffix = returns[rows].flatten(), "" if group == "grid" else f"_{group}"
+    success = (episodes["success"] * episodes["valid"]).amax(0).unflatten(0, (len(models), -1))
+    first, *others = groups
+    of_models = [x[groups[first]].mean(1, keepdim=True) for x in (returns, lengths, success)]
+    metrics = summarize(*of_models) if env.has_success else summarize(*of_models[:2])
+    for group in groups:
+        x, suffix = returns[groups[group]].flatten(), f"_{group}" if group in others else ""
         numbers = {"": x.mean(), "_std": x.std(correction=0)}
         numbers |= {"_p10": x.quantile(0.1), "_cvar10": x[worst(x, 0.1)].mean()}
         metrics |= {f"eval/return{name}{suffix}": float(value) for name, value in numbers.items()}
-    if "inside" in groups:
-        inside = torch.zeros(len(models), dtype=torch.bool, device=models.device)
-        inside[groups["inside"]] = True
-        for first in models[grid, 0].unique():
-            at = (models[:, 0] == first)[grid]
-            at = at & inside[grid] if (at & inside[grid]).any() else at  # beyond its range: whatever there is
-            x = returns[grid][at].flatten()
-            for name, value in (("", x.mean()), ("_p10", x.quantile(0.1)), ("_p90", x.quantile(0.9))):
-                metrics[f"eval/return{name}_at_{first:.3g}"] = float(value)
+    if env.ensemble is not None:
+        inside, beyond = (models[groups[name], 0] if name in groups else [] for name in ("inside", "beyond"))
+        for value in sorted({*map(float, inside), *map(float, beyond)}):
+            group = "inside" if value in inside.tolist() else "beyond"
+            x = returns[groups[group]][models[groups[group], 0] == value].flatten()
+            for name, number in (("", x.mean()), ("_p10", x.quantile(0.1)), ("_p90", x.quantile(0.9))):
+                metrics[f"eval/return{name}_at_{value:.3g}"] = float(number)
     return metrics
 
 
@@ -803,10 +799,8 @@ def check_epopt(args):
 
 def set_ensemble(env, args):
     """Let env draw its models from what the flags say. [Alg 1 l.3]"""
-    rows, given = (
-        env.ensemble,
-        {name: getattr(args, f"source_{name}") for name in ("mean", "std", "low", "high")},
-    )
+    rows, names = env.ensemble, ("mean", "std", "low", "high")
+    given = {name: getattr(args, f"source_{name}") for name in names}
     if rows is None:
         asked = args.ensemble != "normal" or args.adapt_to_target or args.target or any(given.values())
         unable = "has no ensemble, so no --ensemble, --source-..., --target or --adapt-to-target"
@@ -826,16 +820,17 @@ def set_ensemble(env, args):
 
 
 def held_out_models(env, args):
-    """-> models [G, task_dim] to evaluate on, the target after all others; and groups, see evaluate."""
+    """-> models [G, task_dim] to evaluate on, and name -> slice of them: the parts of the held-out set, and at
+    the end the target.
+    """
     held_out = env.num_test_tasks
     count = args.eval_tasks or min(10_000, held_out)
     require(count <= held_out, "eval_tasks", count, f"at most {held_out}, all that are held out")
-    models, groups = env.sample_tasks(count, split="test"), {}
-    for name, rows in env.test_groups.items():
-        if rows.start < count:
-            groups[name] = slice(rows.start, min(rows.stop, count))
-    grid_ends = [rows.stop for name, rows in groups.items() if name in ("inside", "beyond")]
-    groups = {"grid": slice(0, max(grid_ends, default=count)), **groups}
+    models = env.sample_tasks(count, split="test")
+    parts = env.test_groups or {"all": slice(0, count)}
+    groups = {
+        name: slice(rows.start, min(rows.stop, count)) for name, rows in parts.items() if rows.start < count
+    }
     if "target" in env.named_tasks and env.ensemble is not None:
         target = env.named_tasks["target"]
         if args.target:
@@ -853,7 +848,8 @@ def print_grid(report, groups):
     columns = ("", "_std", "_p10", "_cvar10")
     print("\n" + "".join(f"{name:>14}" for name in ("models", "return", "std", "p10", "cvar10")))
     for group in groups:
-        keys = [f"eval/return{column}{'' if group == 'grid' else f'_{group}'}" for column in columns]
+        suffix = "" if group == next(iter(groups)) else f"_{group}"
+        keys = [f"eval/return{column}{suffix}" for column in columns]
         print(f"{group:>14}" + "".join(f"{report[key]:14.3f}" for key in keys))
 
 
@@ -888,12 +884,12 @@ def main(argv=None):
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
     policy = TanhPolicy(obs_dim, action_space, args.hidden_size, args.init_std).to(device)
     source = Source(env, args.particles)
-    act_fn = torch.compile(act) if args.compile else act
-    modules = {"policy": policy, "source": source, "env": env, "target_env": target_env}  # all with a state
+    act_fn = torch.compile(draw_action) if args.compile else draw_action
+    modules = {"policy": policy, "env": env, "source": source, "target_env": target_env}  # all with a state
     if args.evaluate:
         restore(checkpoint, {"policy": policy})
         report = evaluate(policy, eval_env, models, groups, act_fn, args)
-        print_report(eval_env, report, groups["grid"].stop, "adaptation")
+        print_report(eval_env, report, next(iter(groups.values())).stop, "adaptation")
         print_grid(report, groups)
         return
 
@@ -928,7 +924,7 @@ def main(argv=None):
     if run["wandb"] is not None:
         run["wandb"].finish()
     report = report or evaluate(policy, eval_env, models, groups, act_fn, args)
-    print_report(eval_env, report, groups["grid"].stop, "adaptation")
+    print_report(eval_env, report, next(iter(groups.values())).stop, "adaptation")
     print_grid(report, groups)
     print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
 

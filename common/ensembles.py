@@ -258,12 +258,12 @@ class PendulumEnsemble(Ensemble):
         return after, reward.float(), None, self._inform(after)
 
 
-# python -m benchmark.baselines ensembles: the grid inside and beyond the range, 5 starts each, one episode.
-# "random" is uniform in the action box, "still" does nothing.
+# python -m benchmark.baselines ensembles: the grid inside the range, 5 starts each, one episode. "random" is
+# uniform in the action box, "still" does nothing.
 REFERENCES = {
-    "CartPoleEnsemble-v0": {"random": 28.8, "still": 41.0},
-    "CartPoleRunEnsemble-v0": {"random": 38.2, "still": 41.0},
-    "HalfCheetahEnsemble-v0": {"random": -229.9, "still": -0.3},
-    "HopperEnsemble-v0": {"random": 20.1, "still": 151.3},
-    "PendulumEnsemble-v0": {"random": -1259.1, "still": -1256.0},
+    "CartPoleEnsemble-v0": {"random": 29.8, "still": 41.5},
+    "CartPoleRunEnsemble-v0": {"random": 39.8, "still": 41.8},
+    "HalfCheetahEnsemble-v0": {"random": -229.3, "still": -0.3},
+    "HopperEnsemble-v0": {"random": 19.7, "still": 148.8},
+    "PendulumEnsemble-v0": {"random": -1216.8, "still": -1223.5},
 }

@@ -119,6 +119,37 @@ def test_ranking_goes_red_with_padding_means_or_normalised_rewards():  # T3
         red(check_what_ranks_a_trajectory_is_the_sum_of_its_own_rewards, right, trap)
 
 
+# ---- models
+
+
+def check_a_heavier_torso_turns_as_much_more_slowly():
+    """Twice the mass, twice the moments of inertia."""
+    env = common.make("HopperEnsemble-v0", 2, seed=0).unwrapped
+    models = env.named_tasks["mean"].repeat(2, 1)
+    models[1, 0] *= 2
+    env.set_tasks(models)
+    env.reset(seed=0)
+    light, heavy = (env._batch.get_model(world).body("torso") for world in range(2))
+    assert heavy.mass == pytest.approx(2 * light.mass)
+    assert heavy.inertia == pytest.approx(2 * light.inertia)
+
+
+def test_a_mass_comes_with_its_moments_of_inertia_and_goes_red_without(monkeypatch):  # T1
+    pytest.importorskip("mujoco")
+    from common.mujoco_ensembles import BodyEnsemble
+
+    check_a_heavier_torso_turns_as_much_more_slowly()
+    shipped = BodyEnsemble._write
+
+    def mass_alone(self, batch, tasks):
+        shipped(self, batch, tasks)
+        batch.expand("body_inertia")[:] = self.model.body_inertia
+
+    monkeypatch.setattr(BodyEnsemble, "_write", mass_alone)
+    with pytest.raises(AssertionError):
+        check_a_heavier_torso_turns_as_much_more_slowly()
+
+
 # ---- baseline and advantages
 
 
@@ -167,7 +198,7 @@ def test_the_baseline_is_fitted_to_all_trajectories():
 
 
 def test_the_baseline_goes_red_when_fitted_to_the_worst():  # T2
-    right = "value = linear_baseline(*one_task)[:, 0]"
+    right = "value = linear_baseline(*one_task)[:, 0]  # D3"
     trap = (
         "bad = worst(trajectory_returns(episodes), 0.25)\n"
         "    value = linear_baseline(*(x[:, None] for x in (episodes['obs'], ret, valid * 0 + "
@@ -473,7 +504,7 @@ def check_recorded_steps_are_those_of_the_simulator(module):
     env = common.make("CartPoleRunEnsemble-v0", 20, seed=0)
     policy = module.TanhPolicy(3, env.single_action_space, 8, 1.0)
     models = env.sample_tasks(20)
-    episodes = module.rollout(policy, module.act, env, models, record=True)
+    episodes = module.rollout(policy, module.draw_action, env, models, record=True)
     inside = episodes["valid"] > 0
     assert (inside.sum(0) < env.horizon).all()  # they fell
     tasks = models.expand(len(inside), -1, -1)[inside]
@@ -514,7 +545,7 @@ def test_three_rounds_find_the_target_and_never_leave_the_range(env_id):
     mean, std, low, high = env.ensemble.float()
     first = (source.particles.mean(0) - target)[0].abs()
     for _ in range(3):
-        metrics, steps = epopt.adapt(policy, epopt.act, env, source, target, args)
+        metrics, steps = epopt.adapt(policy, epopt.draw_action, env, source, target, args)
         assert steps > 0 and metrics["adapt/ess"] >= 0.099 and 0 < metrics["adapt/beta"] <= 1
         assert ((source.particles >= low - 1e-6) & (source.particles <= high + 1e-6)).all()
     after = source.particles
@@ -534,7 +565,7 @@ def test_what_the_ensemble_does_not_vary_misleads_it_but_breaks_nothing():
     target[-1] = 0.3
     args = epopt.Args(particles=200, model_noise=1e-6)
     for _ in range(5):
-        metrics, _ = epopt.adapt(policy, epopt.act, env, source, target, args)
+        metrics, _ = epopt.adapt(policy, epopt.draw_action, env, source, target, args)
         assert all(math.isfinite(value) for value in metrics.values())
     _, _, low, high = env.ensemble.float()
     assert ((source.particles >= low - 1e-6) & (source.particles <= high + 1e-6)).all()
@@ -548,18 +579,18 @@ def test_evaluation_reports_the_tail_of_every_group(tmp_path):
     env = common.make("CartPoleRunEnsemble-v0", 1, seed=0)
     args = epopt.Args(eval_episodes=2)
     models, groups = epopt.held_out_models(env, args)
-    assert list(groups) == ["grid", "inside", "beyond", "unmodelled", "target"]
-    assert groups["grid"] == slice(0, groups["unmodelled"].start) and len(models) == groups["target"].stop
+    assert list(groups) == ["inside", "beyond", "unmodelled", "target"]
+    assert groups["inside"].stop == groups["beyond"].start and len(models) == groups["target"].stop
     torch.manual_seed(1)
     policy = epopt.TanhPolicy(3, env.single_action_space, 8, 1.0)
     eval_env = common.make("CartPoleRunEnsemble-v0", 2 * len(models), seed=0)
-    report = epopt.evaluate(policy, eval_env, models, groups, epopt.act, args)
+    report = epopt.evaluate(policy, eval_env, models, groups, epopt.draw_action, args)
     torch.manual_seed(epopt.EVAL_SEED)
     episodes = epopt.rollout(
-        policy, epopt.act, eval_env, models.repeat_interleave(2, 0), epopt.EVAL_SEED, True
+        policy, epopt.draw_action, eval_env, models.repeat_interleave(2, 0), epopt.EVAL_SEED, True
     )
     returns = epopt.trajectory_returns(episodes).view(-1, 2)
-    for group, suffix in (("grid", ""), ("beyond", "_beyond"), ("target", "_target")):
+    for group, suffix in (("inside", ""), ("beyond", "_beyond"), ("target", "_target")):
         x = returns[groups[group]].flatten().sort().values
         assert report[f"eval/return{suffix}"] == pytest.approx(x.mean().item())
         assert report[f"eval/return_std{suffix}"] == pytest.approx(x.std(correction=0).item(), rel=1e-4)
@@ -668,5 +699,5 @@ def test_the_tail_of_the_ensemble_gets_better(tmp_path, full):
     for name, flags in (("epopt", []), ("single", ["--epsilon", "1", "--ensemble", "single"])):
         epopt.main([*flags, *([] if full else short), "--run-dir", str(tmp_path / name), "--device", "cpu"])
         last = rows_of(tmp_path / name)[-1]
-        tails[name] = last["eval/return_p10_inside"]
+        tails[name] = last["eval/return_p10"]
     assert tails["epopt"] > 250 and (not full or tails["epopt"] > 400 and tails["single"] < 100)

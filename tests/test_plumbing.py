@@ -48,6 +48,7 @@ MAML = "--num-tasks 3 --episodes-per-task 4 --eval-episodes 4"
 PEARL = "--train-tasks 4 --num-tasks 2 --batch-size 4 --episodes-per-task 2 --context-episodes 2"
 MTL = "--train-tasks 4 --num-tasks 2 --batch-size 5 --replay-episodes 6"
 DARC = "--num-envs 4 --batch-size 8 --replay-episodes 6 --eval-episodes 3 --warmup-steps 240"
+EPOPT = "--num-models 4 --particles 10"
 JOBS = {
     job.name: job
     for job in (
@@ -76,6 +77,14 @@ JOBS = {
             f"{DARC} --target-ratio 1 --updates-per-step 0.04",
             "agent",
             {"PointWall-v0": 3000, "BrokenReacher-v0": 2400},
+        ),
+        Job(
+            "epopt",
+            "PendulumEnsemble-v0",
+            800,
+            f"{EPOPT} --epsilon 0.5 --warmup-iterations 2 --eval-episodes 2 --fisher-fraction 0.5",
+            "policy",
+            {"CartPoleRunEnsemble-v0": 1000, "HopperEnsemble-v0": 1000},
         ),
     )
 }
@@ -233,11 +242,12 @@ def test_a_run_writes_a_row_an_iteration_with_the_keys_that_every_script_has(job
         4,
         5,
     ]  # every second, and the last
+    last = 0 if job.name == "epopt" else 2  # nothing is adapted to a held-out model, so nothing has stages
     expected = {
         "eval/return_ep0",
-        "eval/return_ep2",
+        f"eval/return_ep{last}",
         "eval/adaptation_gain",
-        "eval/adapt_steps_ep2",
+        f"eval/adapt_steps_ep{last}",
         "charts/SPS",
     }
     expected |= {"debug/grad_norm", "debug/entropy", "debug/explained_variance"}
@@ -536,7 +546,7 @@ def test_evaluate_prints_the_table_and_leaves_everything_as_it_was(job, tmp_path
     assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in run.iterdir()} == before
     assert only_run(tmp_path) == run  # no other folder
     last = rows_of(run)[-1]
-    for episode in range(3):  # the same frozen tasks and seeds as in training
+    for episode in range(1 if job.name == "epopt" else 3):  # the same frozen tasks and seeds as in training
         assert re.search(rf"^\s*{episode} .*{last[f'eval/return_ep{episode}']:.3f}", printed, re.MULTILINE)
     assert f"{job.env_id}: 20 held-out tasks" in printed
 
@@ -629,6 +639,12 @@ WRONG = {  # script -> flag -> values
         "tau": ("0", "1.1", "nan"),
     },
 }
+WRONG["epopt"] = (
+    dict.fromkeys(("init-std", "max-kl", "model-noise"), ABOVE_ZERO)
+    | dict.fromkeys(("epsilon", "fisher-fraction", "min-ess"), ("0", "1.1", "nan"))
+    | dict.fromkeys(("num-models", "particles", "transitions", "cg-steps", "adapt-rounds"), ("0", "-3"))
+    | {"gae-lambda": UNIT, "warmup-iterations": ("-1",), "cg-damping": NOT_BELOW, "ensemble": ("gamma",)}
+)
 BAD = [
     (name, f"--{flag}", value)
     for name in JOBS
@@ -868,6 +884,7 @@ LOSSES = {
     "pearl_sac": ("critic_loss", "kl_to_prior"),
     "mtl_contextual": ("critic_loss", "temperature_loss"),
     "darc_offdynamics": ("critic_loss", "reward_correction"),
+    "epopt": ("surrogate_loss", "trajectory_returns"),
 }
 
 
