@@ -820,8 +820,8 @@ def set_ensemble(env, args):
 
 
 def held_out_models(env, args):
-    """-> models [G, task_dim] to evaluate on, and name -> slice of them: the parts of the held-out set, and at
-    the end the target.
+    """-> models [G, task_dim] to evaluate on, and name -> slice of them: the held-out set's parts, and at the
+    end the target.
     """
     held_out = env.num_test_tasks
     count = args.eval_tasks or min(10_000, held_out)

@@ -18,12 +18,14 @@ import torch
 
 import common
 import darc_offdynamics
+import epopt
 import maml_trpo
 import mtl_contextual
 import pearl_sac
 import rl2_ppo
 from benchmark.baselines import ids_of
 
+MUJOCO = ("common.locomotion", "common.reacher", "common.mujoco_ensembles")
 VARIBAD_GRIDNAVI_SPS = 763  # env steps/s of varibad's RL^2 on GridNavi, end to end, two cores without a GPU
 OYSTER_STEPS = {(8, 64): 23, (16, 256): 4.2}  # gradient steps/s of oyster, meta-batch x batch, two threads
 OYSTER_SPS = 4600  # its env steps/s in collecting
@@ -85,7 +87,7 @@ def env_steps(device, counts=(64, 1024, 16384)):
         + "   at 1,024 against the bare dynamics"
     )
     bare = bare_steps(1024, device)
-    slow = ids_of("common.locomotion", "common.reacher", "common.shifts", "common.metaworld")
+    slow = ids_of(*MUJOCO, "common.shifts", "common.metaworld")
     for env_id in sorted(set(common.ids()) - set(slow)):
         cells = []
         for count in counts:
@@ -107,8 +109,9 @@ def physics(device, repeats=7):
     The two take turns in the same environment, since the physics costs more or less as the bodies move.
     """
     print(f"\n{'worlds':>30}   env steps/s   the bare physics' share of the time")
-    for env_id in ids_of("common.locomotion", "common.reacher"):
-        for count in (8192, 800) if env_id.startswith("HalfCheetah") else (800,):
+    for env_id in ids_of(*MUJOCO):
+        counts = (240,) if "Ensemble" in env_id else (8192, 800) if "HalfCheetah" in env_id else (800,)
+        for count in counts:
             env = common.make(env_id, count, device=device, seed=1)
             env.reset(seed=1)
             high = float(env.single_action_space.high[0])
@@ -125,6 +128,24 @@ def physics(device, repeats=7):
                     seconds[what].append(rl2_ppo.clock(torch.device(device)) - start)
             step, bare = (statistics.median(seconds[what][2:]) for what in ("step", "bare"))
             print(f"{env_id:>22}{count:8d}{count / step:14,.0f}{bare / step:10.0%}")
+
+
+def epopt_step(device, env_id="HalfCheetahEnsemble-v0", repeats=3, **flags):
+    """Seconds of an iteration of epopt.py by stage, on a body that does not fall: all of its steps count."""
+    device = torch.device(device)
+    args = dataclasses.replace(epopt.Args(), **{"num_models": 240, "warmup_iterations": 0, **flags})
+    torch.manual_seed(0)
+    env = common.make(env_id, args.num_models, device=device, seed=0)
+    sizes = (env.single_observation_space.shape[0], env.single_action_space, args.hidden_size, args.init_std)
+    policy, source = epopt.TanhPolicy(*sizes).to(device), epopt.Source(env, args.particles)
+    rows = []
+    for iteration in range(repeats + 1):
+        step = (policy, epopt.draw_action, env, source, iteration, args)
+        metrics, _ = epopt.train_step(*step)
+        rows.append([metrics[key] for key in ("time/rollout", "time/update", "charts/SPS")])
+    playing, learning, sps = (statistics.median(column) for column in zip(*rows[1:], strict=True))
+    print(f"\nepopt.py on {env_id}, {args.num_models} models, epsilon {args.epsilon:g}, {device}")
+    print(f"  seconds: play {playing:.2f}, update {learning:.2f}; {sps:,.0f} env steps/s")
 
 
 def maml(device, env_id, repeats=5, **flags):
@@ -376,7 +397,9 @@ def rl2(device, env_id, repeats=7, compiled=False, **flags):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", help="envs, physics, rl2, maml, pearl, mtl, darc, metaworld; all")
+    parser.add_argument(
+        "what", nargs="*", help="envs, physics, rl2, maml, pearl, mtl, darc, epopt, metaworld"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's own choice")
     options = parser.parse_args()
@@ -384,7 +407,7 @@ def main():
         torch.set_num_threads(options.threads)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.machine()}, {name}")
-    what = set(options.what) or {"envs", "physics", "rl2", "maml", "pearl", "mtl", "darc"}
+    what = set(options.what) or {"envs", "physics", "rl2", "maml", "pearl", "mtl", "darc", "epopt"}
     if "envs" in what:
         env_steps(options.device)
     if "physics" in what:
@@ -394,6 +417,10 @@ def main():
             print(f"\n{at_once or 'all'} tasks at once")
             maml(options.device, "PointGoal-v0", tasks_at_once=at_once)
             maml(options.device, "HalfCheetahDir-v0", num_tasks=40, tasks_at_once=at_once)
+    if "epopt" in what:
+        for epsilon in (0.1, 1.0):
+            epopt_step(options.device, "CartPoleRunEnsemble-v0", epsilon=epsilon)
+            epopt_step(options.device, epsilon=epsilon)
     if "pearl" in what:
         oyster = {"hidden_size": 300, "hidden_layers": 3, "train_tasks": 80}
         for flags in (

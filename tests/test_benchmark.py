@@ -8,10 +8,11 @@ import torch
 
 import common
 import darc_offdynamics
+import epopt
 import maml_trpo
 import mtl_contextual
 import pearl_sac
-from benchmark import mazes, plot, posteriors, reproduce, throughput, trajectories, walls
+from benchmark import ensembles, mazes, plot, posteriors, reproduce, throughput, trajectories, walls
 
 TINY = (
     "--num-envs 8 --episodes-per-trial 3 --hidden-size 8 --total-timesteps 48 --eval-every 1 --eval-tasks 16"
@@ -305,3 +306,22 @@ def test_paths_along_the_wall_are_those_that_the_run_was_evaluated_on(tmp_path):
     pytest.importorskip("matplotlib")
     walls.draw([run], 5, tmp_path / "walls.png")
     assert (tmp_path / "walls.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_of_an_ensemble_show_the_last_evaluation(tmp_path):
+    flags = (
+        "--num-models 10 --hidden-size 8 --eval-episodes 1 --total-timesteps 3000 --device cpu --particles 30"
+    )
+    for number, more in enumerate((["--epsilon", "1"], ["--adapt-to-target", "--transitions", "10"])):
+        epopt.main([*flags.split(), *more, "--run-dir", str(tmp_path / str(number))])
+    runs = sorted(tmp_path.glob("*/epopt__*"))
+    found = ensembles.curves(runs)
+    assert found.keys() == {"randomised", "EPOpt(0.1), adapted"}
+    last = json.loads((runs[0] / "metrics.jsonl").read_text().splitlines()[-1])
+    ((points,),) = (found["randomised"],)
+    assert len(points) == 9 and [point[0] for point in points] == sorted(point[0] for point in points)
+    for value, *numbers in points:
+        keys = [f"eval/{name}_at_{value:.3g}" for name in ("return", "return_p10", "return_p90")]
+        assert numbers == [last[key] for key in keys]
+    ensembles.draw(runs, tmp_path / "ensembles.png")
+    assert (tmp_path / "ensembles.png").read_bytes().startswith(b"\x89PNG")
