@@ -18,7 +18,7 @@ THE IDEA
 ALGORITHM
     repeat
         draw N models p_k from the source distribution; play a trajectory tau_k of each          [Alg 1 l.2-4]
-        baseline and advantages A_t from all N                                                            [D3]
+        baseline and advantages A_t from all N                                                            [D4]
         T = the ceil(epsilon N) trajectories of lowest return                                    [Alg 1 l.6-8]
         a step of TRPO on T: ascend the mean of (pi / pi_played) A_t, KL at most delta        [TRPO Eq 14]
         at some times, with --adapt-to-target:                                                       [Sec 3.2]
@@ -30,20 +30,23 @@ ALGORITHM
     TRPO: Schulman et al. 2015, arXiv:1502.05477. GAE: Schulman et al. 2016, arXiv:1506.02438.
 
 DIFFERS FROM THE PAPER
-    D1  No difference, but worth knowing: this is not the gradient of the objective. With y the quantile that
-        is E[(R - y) sum_t grad log pi_t | R <= y] (Tamar et al. 2015, arXiv:1404.3862). EPOpt takes E[sum_t
-        A_t grad log pi_t | R <= y]. Over all trajectories baselines and centring change nothing, since grad
-        log p(tau) has mean 0; over the worst its mean is grad log P(R <= y), so they do. Advantages there are
-        negative on average; centring them, as here, adds a pull towards more such trajectories. Not centring
-        them is worse: then that one term, estimated from few trajectories, is most of the step.
+    D1  As in the paper, this is not the gradient of the objective. With y the quantile that is E[(R - y)
+        sum_t grad log pi_t | R <= y] (Tamar et al. 2015, arXiv:1404.3862); EPOpt takes E[sum_t A_t grad log
+        pi_t | R <= y]. Over all trajectories baselines and centring change nothing, since grad log p(tau) has
+        mean 0; over the worst its mean is grad log P(R <= y), so they do. Advantages there are negative on
+        average; centring them, which the paper leaves open, adds a pull towards more such trajectories.
+        Without it that one term, estimated from few trajectories, is most of the step: the one run that was
+        tried fell to nothing.
     D2  Trajectories are ranked by the sum of their rewards, as in the authors' code and as evaluation counts
         them; the paper writes the discounted sum.
-    D3  The linear baseline is fitted to this iteration's trajectories, the authors' to the last one's.
-    D4  Fisher products see a share of the steps (fisher_fraction; TRPO's appendix C).
+    D3  Fisher products see a random share of the steps (fisher_fraction; TRPO's appendix C).
+    D4  The linear baseline is fitted to this iteration's trajectories, the authors' to the last one's: the
+        returns that it explains are in its fit, so explained_variance is a little flattered.
     D5  A likelihood of hundreds of exact steps leaves one particle alone. Its logarithm is multiplied by the
-        largest number up to 1 that leaves an effective sample size of min_ess; what was held back comes with
-        the next rounds. And new particles are copies moved a little, so that mean and covariance stay (Liu
-        and West 2001). The noise is a share of how much each entry of the state changes in a step.
+        largest number up to 1 that leaves an effective sample size of min_ess. So a round believes less than
+        Bayes' rule would, the distribution stays wider, and the next round narrows it by new trajectories.
+        And new particles are copies moved a little, by which mean and covariance stay, but for the limits
+        (Liu and West 2001). The noise is a share of how much each entry of the state changes in a step.
     D6  Rounds of adaptation are spread evenly over one training, which goes on from the policy that it has.
     D7  The default job is no body of MuJoCo, and smaller: 200 models, epsilon 1 for 30 iterations.
         Paper: 240, and 100.
@@ -51,22 +54,25 @@ DIFFERS FROM THE PAPER
 TRAPS (each has a test that goes red when the trap is put in)
     T1  A mass changed without its moments of inertia.
     T2  The baseline fitted to the worst trajectories only: it takes their bad returns for normal.
-    T3  Trajectories ranked by what was paid after their end, by means, or by normalised rewards.
+    T3  The baseline's clock running over the whole batch instead of each episode.
     T4  Episodes that end early: what follows in their row is padding and no data.
-    T5  epsilon N rounded: .07 of 100 is 7.000000000000001 in floating point; equal returns in random order.
+    T5  The count of the worst: ceil(epsilon N), and .07 of 100 is 7.000000000000001 in floating point; equal
+        returns in random order.
     T6  Advantages standardised for each trajectory: what made one worse than another is taken away.
     T7  The next episode's first state taken for the last one's successor: no model explains that jump.
     T8  Likelihoods instead of their logarithms: a few hundred steps, and all are 0.
-    T9  Particles that leave the range that models may have, or all fall onto one.
+    T9  Conjugate gradient updated in place, residual and direction being one tensor at the start.
     T10 Log-probabilities or KL averaged over action dimensions: steps shrink as bodies grow.
+    T11 Trajectories ranked by what was paid after their end, by means, or by normalised rewards.
+    T12 Particles that leave the range that models may have, or all fall onto one.
 
 RUN
     python epopt.py                                                     # a cart that runs: two minutes
     python epopt.py --epsilon 1                                         # plain domain randomisation
     python epopt.py --epsilon 1 --ensemble single                       # TRPO in one simulator
     python epopt.py --adapt-to-target                                   # and learn from the target
-    python epopt.py --env-id HopperEnsemble-v0 --num-models 240 --warmup-iterations 50 --max-kl 0.02 \
-        --gamma 0.995 --fisher-fraction 0.1 --total-timesteps 30000000 --eval-every 10 --eval-episodes 1
+    python epopt.py --env-id HopperEnsemble-v0 --num-models 240 --warmup-iterations 60 --max-kl 0.05 \
+        --total-timesteps 40000000 --eval-every 10 --eval-episodes 1
 
 RESULT (held-out grid; +- a 95 % interval over seeds)
     @@RESULT@@
@@ -134,7 +140,7 @@ class Args:
     max_kl: float = 0.02  # delta, how far one iteration may move the policy
     cg_steps: int = 10  # conjugate gradient iterations, one Fisher product each
     cg_damping: float = 1e-5  # added to the diagonal of F
-    fisher_fraction: float = 0.1  # share of the steps in the Fisher products [D4]
+    fisher_fraction: float = 0.1  # share of the steps in the Fisher products, but 1,000 of them at least [D3]
     deterministic_eval: bool = True  # at evaluation act by the policy's mean
     eval_episodes: int = 10  # episodes of each held-out model
     eval_tasks: int = 0  # held-out models to evaluate on; 0: all there are, at most 10,000
@@ -222,8 +228,10 @@ def rollout(policy, act_fn, env, models, seed=None, deterministic=False, record=
     no_success = torch.zeros_like(valid)
     steps = []
     for step in range(env.horizon):
-        if env.terminates and step % 10 == 0 and not bool(valid.any()):
-            break  # every episode is over
+        if env.terminates and step % 10 == 0:
+            if not bool(valid.any()):
+                break  # every episode is over
+            env.rest(valid == 0)
         action, logprob = act_fn(policy, obs, deterministic)
         steps.append({"obs": obs, "action": action, "logprob": logprob, "valid": valid})
         obs, reward, terminated, truncated, info = env.step(policy.to_env(action))
@@ -282,13 +290,13 @@ def add_values(episodes, gamma, gae_lambda):
     reward, valid = episodes["reward"], episodes["valid"]
     ret = gae(reward, torch.zeros_like(reward), valid, gamma, 1.0)  # without a critic: the discounted return
     one_task = (x[:, None] for x in (episodes["obs"], ret, valid))  # [T, 1, N, ...]
-    value = linear_baseline(*one_task)[:, 0]  # D3
+    value = linear_baseline(*one_task)[:, 0]  # D4
     advantage = gae(reward, value, valid, gamma, gae_lambda)
     return {**episodes, "value": value, "ret": ret, "advantage": advantage}
 
 
 def trajectory_returns(episodes):
-    """Undiscounted return of each trajectory: a dict of [T, N] -> [N]. [D2, T3]"""
+    """Undiscounted return of each trajectory: a dict of [T, N] -> [N]. [D2, T11]"""
     return (episodes["reward"] * episodes["valid"]).sum(0)
 
 
@@ -316,6 +324,8 @@ def select(episodes, chosen):
 
 
 # =============================== 4. Update ===============================
+
+FISHER_STEPS = 1000  # at least so many of a batch, if it has them: fewer leave out directions of theta [D3]
 
 
 def surrogate_loss(policy, output, batch):
@@ -404,11 +414,10 @@ def update(policy, batch, args):
     old_output = [x.detach().clone() for x in output]
     loss = surrogate_loss(policy, output, batch)
     gradient = flatten(torch.autograd.grad(loss, list(policy.parameters()), retain_graph=True))  # D1
-    total = len(batch["weight"])
-    count = math.ceil(args.fisher_fraction * total)
-    seen = batch
-    if count < total:  # D4
-        some = torch.arange(count, device=gradient.device) * total // count
+    total, seen = len(batch["weight"]), batch
+    count = max(math.ceil(args.fisher_fraction * total), FISHER_STEPS)
+    if count < total:  # D3: at random, since steps stand in the order of time and trajectory
+        some = torch.randperm(total, device=gradient.device)[:count]
         seen = {name: x[some] for name, x in batch.items()}
         output = policy(seen["obs"])
     product = fisher_product(policy, output, seen)
@@ -445,7 +454,8 @@ def log_likelihood(env, particles, played, noise):
     """
     state, action, after = (played[name] for name in ("state", "action", "next_state"))
     rows = particles.repeat_interleave(len(state), 0)
-    predicted = env.simulate(rows, state.repeat(len(particles), 1), action.repeat(len(particles), 1))
+    repeated = (torch.cat([x] * len(particles)) for x in (state, action))
+    predicted = env.simulate(rows, *repeated)
     spread = (after - state).std(0, correction=0).clamp(min=1e-6)
     error = (predicted.unflatten(0, (len(particles), -1)) - after) / (noise * spread)  # [P, M, state]
     return -(error**2).sum((1, 2)).double() / 2
@@ -481,7 +491,7 @@ def tempered_weights(log_weights, min_ess):
 def resample(particles, weights, low, high, keep=0.98):
     """Draw particles by their weights and move each a little; mean and covariance stay as weighted. [D5]
 
-    particles: [P, task_dim]; weights: [P], summing to 1; low, high: [task_dim], limits of a model. [T9] A
+    particles: [P, task_dim]; weights: [P], summing to 1; low, high: [task_dim], limits of a model [T12]. A
     copy is keep of itself and (1 - keep) of the mean, plus noise of (1 - keep^2) of the covariance.
     """
     x, weights = particles.double(), weights.double()
@@ -508,8 +518,7 @@ def adapt(policy, act_fn, env, source, target, args):
     inside = episodes["valid"] > 0
     played = {name: episodes[name][inside] for name in ("state", "action", "next_state")}
     total = len(played["state"])
-    count = min(total, args.transitions)
-    some = torch.arange(count, device=inside.device) * total // count
+    some = torch.randperm(total, device=inside.device)[: args.transitions]
     played = {name: x[some] for name, x in played.items()}  # [M, ...]
     played["action"] = policy.to_env(played["action"])
     log_weights = log_likelihood(env, source.particles, played, args.model_noise)
@@ -534,7 +543,8 @@ def evaluate(policy, env, models, groups, act_fn, args):
 
     models: [G, task_dim]; groups: name -> slice of them; the first is what has no suffix in the metrics.
     eval/return_std, _p10, _cvar10 (mean of the worst tenth) are over all episodes of a group's models, and
-    eval/return_at_V, _p10_at_V, _p90_at_V over those whose first entry is V.
+    eval/return_at_V, _p10_at_V, _p90_at_V are over the models whose first entry is V: those inside, or where
+    there is none, beyond.
     """
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
@@ -795,6 +805,14 @@ def check_epopt(args):
     require(not few, "num_models", args.num_models, f"at least 1 / epsilon, with --epsilon {args.epsilon}")
     kinds = ("normal", "uniform", "single")
     require(args.ensemble in kinds, "ensemble", args.ensemble, "normal, uniform or single")
+    one = args.adapt_to_target and args.ensemble == "single"
+    require(not one, "ensemble", args.ensemble, "normal or uniform: with --adapt-to-target there is a choice")
+    useless = args.ensemble != "normal" and args.source_std
+    require(not useless, "source_std", args.source_std, "nothing: it belongs to --ensemble normal")
+    few = args.adapt_to_target and args.particles * args.min_ess < 5
+    require(
+        not few, "particles", args.particles, "at least 5 / min_ess, so that no round ends with one model"
+    )
 
 
 def set_ensemble(env, args):
@@ -831,13 +849,17 @@ def held_out_models(env, args):
     groups = {
         name: slice(rows.start, min(rows.stop, count)) for name, rows in parts.items() if rows.start < count
     }
-    if "target" in env.named_tasks and env.ensemble is not None:
-        target = env.named_tasks["target"]
-        if args.target:
-            one_each = f"a positive number for each of {', '.join(env.parameter_names)}"
-            fits = len(args.target) == len(target) and all(0 < x < math.inf for x in args.target)
-            require(fits, "target", args.target, one_each)
-            target = torch.tensor(args.target, device=target.device)
+    target = torch.tensor(args.target, device=env.device) if args.target else env.named_tasks.get("target")
+    require(
+        target is not None or not args.adapt_to_target,
+        "target",
+        args.target,
+        "a task row, as there is no other",
+    )
+    if target is not None and env.ensemble is not None:
+        one_each = f"a positive number for each of {', '.join(env.parameter_names)}"
+        fits = target.shape == env.task_space.shape and bool((target > 0).all() and target.isfinite().all())
+        require(fits, "target", args.target, one_each)
         models = torch.cat([models, target.expand(TARGET_ROWS, -1)])
         groups["target"] = slice(count, len(models))
     return models, groups
@@ -880,6 +902,7 @@ def main(argv=None):
     set_ensemble(env, args)
     models, groups = held_out_models(env, args)
     target_env = make_env(args.env_id, args.target_episodes, device, args.seed)
+    set_ensemble(target_env, args)  # it is from this one that a round takes the limits of a model
     eval_env = make_env(args.env_id, len(models) * args.eval_episodes, device, seed=0)
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
     policy = TanhPolicy(obs_dim, action_space, args.hidden_size, args.init_std).to(device)

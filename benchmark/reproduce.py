@@ -94,6 +94,10 @@ BROKEN_REACHER = (
     "--env-id BrokenReacher-v0 --warmup-steps 15000 --input-noise 0.4 --correction-scale 0.1 --gamma 0.95"
     " --lr 5e-4 --tau 0.005 --updates-per-step 0.07 --total-timesteps 165000"
 )
+HOPPER = (
+    "--env-id HopperEnsemble-v0 --num-models 240 --warmup-iterations 60 --max-kl 0.05"
+    " --total-timesteps 40000000 --eval-every 10 --save-every 5 --eval-episodes 1"
+)
 TEN = tuple(range(1, 11))
 BROKEN_CHEETAH = (
     "--env-id BrokenHalfCheetah-v0 --num-envs 4 --warmup-steps 20000 --input-noise 0.4 --gamma 0.99"
@@ -267,6 +271,15 @@ ENTRIES = {
         (1, 2, 3),
         1,
         "ten times the target's steps: DARC within 10 %",
+    ),
+    "epopt_hopper": ("epopt.py", HOPPER, (1,), 90, "mean 2500, p10 2000"),
+    "epopt_hopper_randomised": ("epopt.py", f"{HOPPER} --epsilon 1", (1,), 90, "below EPOpt's p10"),
+    "epopt_hopper_single": (
+        "epopt.py",
+        f"{HOPPER} --epsilon 1 --ensemble single",
+        (1,),
+        90,
+        "below 1500 at the ends",
     ),
     "epopt_run": ("epopt.py", "", TEN, 2, "p10 above the next two"),
     "epopt_run_randomised": ("epopt.py", "--epsilon 1", TEN, 4, "p10 above the next one"),

@@ -129,6 +129,12 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         info["final_obs"] = final_obs
         return self._observe(state) if some_ended else final_obs.clone(), reward, terminated, truncated, info
 
+    def rest(self, rows):
+        """These rows, [B] bool, need not be simulated until the next reset: what they return means nothing.
+
+        For episodes of which only the first of each row counts. Families whose steps are cheap ignore it.
+        """
+
     # ---- goals: only where goal_space is not None. There a task row is a goal, obs does not contain it, and
     # reward and termination depend on nothing but the goal and what was achieved
 

@@ -57,7 +57,7 @@ class Ensemble(TaskVectorEnv):
 
     @ensemble.setter
     def ensemble(self, rows):
-        rows = torch.as_tensor(rows, dtype=torch.float64, device=self.device)
+        rows = torch.as_tensor(rows, dtype=torch.float64, device=self.device).clone()
         if rows.shape != (4, self.task_space.shape[0]):
             raise ValueError(f"an ensemble is [4, {self.task_space.shape[0]}], got {list(rows.shape)}")
         for name, row in zip(self.parameter_names, rows.T.tolist(), strict=True):
@@ -132,10 +132,11 @@ def truncated_normal(u, mean, std, low, high):
 
     std inf: uniform between low and high; std 0: mean. The inverse of the distribution function.
     """
-    scale = torch.where((std == 0) | std.isinf(), torch.ones_like(std), std)
+    flat = std > 1e4 * (high - low)  # where rounding would be all that the density has
+    scale = torch.where((std == 0) | flat, torch.ones_like(std), std)
     below, above = (torch.special.ndtr((end - mean) / scale) for end in (low, high))
     x = mean + scale * torch.special.ndtri(below + u * (above - below))
-    x = torch.where(std.isinf(), low + u * (high - low), torch.where(std == 0, mean, x))
+    x = torch.where(flat, low + u * (high - low), torch.where(std == 0, mean, x))
     return torch.maximum(torch.minimum(x, high), low)
 
 
@@ -155,10 +156,14 @@ def held_out_grid(ensemble, factors):
     beyond = []
     for entry in range(count):
         rows = inside[inside[:, 0] == first[0]] if entry == 0 else sweep
-        beyond += [with_entry(rows, entry, low[entry] - step[entry])]
+        beyond += [with_entry(rows, entry, torch.maximum(low[entry] - step[entry], low[entry] / 2))]
         beyond += [with_entry(rows, entry, high[entry] + step[entry])]
     unmodelled = [with_entry(sweep, count, factor) for factor in factors]
-    groups = {"inside": inside, "beyond": torch.cat(beyond), "unmodelled": torch.cat(unmodelled)}
+    groups = {
+        "inside": inside,
+        "beyond": torch.cat(beyond),
+        "unmodelled": torch.cat([sweep[:0], *unmodelled]),
+    }
     ends = torch.tensor([len(rows) for rows in groups.values()]).cumsum(0).tolist()
     starts = [0, *ends[:-1]]
     return torch.cat(list(groups.values())), dict(zip(groups, map(slice, starts, ends), strict=True))

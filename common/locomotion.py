@@ -85,6 +85,7 @@ class Locomotion(TaskVectorEnv):
         self._seen = [self._qpos[:, self.unseen :], self._qvel]  # live views; a step only concatenates
         self._place = self._find()  # [B, 1 or 2] after the last step; MuJoCo's xpos lags, so it is state too
         self._goal = None  # [B, task_dim], the task in float64
+        self._awake = None  # indices of the worlds that are simulated; None: all
         self.dt = model.opt.timestep * self.frame_skip
         if horizon == 200:
             self.references = REFERENCES.get(f"{type(self).__name__}-v0", {})
@@ -93,7 +94,7 @@ class Locomotion(TaskVectorEnv):
 
     def reset(self, *, seed=None, options=None):
         self._begin(seed)
-        self._state, self._clock = self._rows, 0
+        self._state, self._clock, self._awake = self._rows, 0, None
         self._deadline = torch.full((self.num_envs,), self.horizon, dtype=torch.int64)
         self._restart(np.arange(self.num_envs))
         return self._deliver(self._look())[0], {}
@@ -124,7 +125,10 @@ class Locomotion(TaskVectorEnv):
     def step_physics(self, action):
         """The simulation alone, which benchmark compares step with. action: NumPy [B, act]."""
         self._ctrl[:] = action
-        self._batch.step(nstep=self.frame_skip)
+        self._batch.step(self._awake, nstep=self.frame_skip)
+
+    def rest(self, rows):
+        self._awake = np.flatnonzero(~rows.cpu().numpy())
 
     # ---- exact resume
 

@@ -310,7 +310,7 @@ def test_paths_along_the_wall_are_those_that_the_run_was_evaluated_on(tmp_path):
 
 def test_pictures_of_an_ensemble_show_the_last_evaluation(tmp_path):
     flags = (
-        "--num-models 10 --hidden-size 8 --eval-episodes 1 --total-timesteps 3000 --device cpu --particles 30"
+        "--num-models 10 --hidden-size 8 --eval-episodes 1 --total-timesteps 3000 --device cpu --particles 60"
     )
     for number, more in enumerate((["--epsilon", "1"], ["--adapt-to-target", "--transitions", "10"])):
         epopt.main([*flags.split(), *more, "--run-dir", str(tmp_path / str(number))])

@@ -1,4 +1,4 @@
-"""EPOpt's claims. Each trap T1 to T10 of the docstring is put into a mutant, and its test must go red."""
+"""EPOpt's claims. Each trap T1 to T12 of the docstring is put into a mutant, and its test must go red."""
 
 import json
 import math
@@ -109,7 +109,7 @@ def test_what_ranks_a_trajectory_is_the_sum_of_its_own_rewards():
     check_what_ranks_a_trajectory_is_the_sum_of_its_own_rewards(epopt)
 
 
-def test_ranking_goes_red_with_padding_means_or_normalised_rewards():  # T3
+def test_ranking_goes_red_with_padding_means_or_normalised_rewards():  # T11
     right = '(episodes["reward"] * episodes["valid"]).sum(0)'
     for trap in (
         'episodes["reward"].sum(0)',
@@ -198,13 +198,32 @@ def test_the_baseline_is_fitted_to_all_trajectories():
 
 
 def test_the_baseline_goes_red_when_fitted_to_the_worst():  # T2
-    right = "value = linear_baseline(*one_task)[:, 0]  # D3"
+    right = "value = linear_baseline(*one_task)[:, 0]  # D4"
     trap = (
         "bad = worst(trajectory_returns(episodes), 0.25)\n"
         "    value = linear_baseline(*(x[:, None] for x in (episodes['obs'], ret, valid * 0 + "
         "valid * torch.zeros_like(valid).index_fill(1, bad, 1))))[:, 0]"
     )
     red(check_the_baseline_is_that_of_all_models, right, trap)
+
+
+def check_the_clock_of_the_baseline_starts_with_every_episode(module):
+    """Returns that are a cubic of the time in the episode are predicted exactly, whatever the trajectory."""
+    time = torch.arange(T, dtype=torch.float64)[:, None, None].expand(T, 1, N) / 100
+    ret = 1 + 2 * time - 300 * time**2 + 4000 * time**3
+    obs = torch.zeros(T, 1, N, 2, dtype=torch.float64)
+    value = module.linear_baseline(obs, ret, torch.ones_like(ret), ridge=1e-12)
+    close(value, ret, 1e-5)
+
+
+def test_the_clock_of_the_baseline_starts_with_every_episode():
+    check_the_clock_of_the_baseline_starts_with_every_episode(epopt)
+
+
+def test_the_clock_goes_red_when_it_runs_over_the_batch():  # T3
+    right = "time = time.expand(*valid.shape, 1)  #"
+    trap = "time = torch.arange(valid.numel()).view(*valid.shape, 1).to(obs) / 100  #"
+    red(check_the_clock_of_the_baseline_starts_with_every_episode, right, trap)
 
 
 def check_advantages_are_standardised_over_the_worst_together(module):
@@ -337,10 +356,29 @@ def test_fisher_products_equal_the_explicit_hessian_of_the_mean_kl(space):
     check_fisher_products(epopt, space)
 
 
+def check_conjugate_gradient(module):
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    matrix = root @ root.T + torch.eye(6, dtype=torch.float64)
+    b = torch.randn(6, generator=generator, dtype=torch.float64)
+    kept = b.clone()
+    close(module.conjugate_gradient(lambda v: matrix @ v, b, 20), torch.linalg.solve(matrix, kept), 1e-5)
+    assert torch.equal(b, kept)
+
+
+def test_conjugate_gradient_solves_and_leaves_its_argument_alone():
+    check_conjugate_gradient(epopt)
+
+
+def test_conjugate_gradient_goes_red_in_place():  # T9
+    red(check_conjugate_gradient, "residual = residual - step * image", "residual -= step * image")
+
+
 @pytest.mark.parametrize("fraction", [1.0, 0.4])
-def test_a_step_lowers_the_loss_and_keeps_the_bound(fraction):
+def test_a_step_lowers_the_loss_and_keeps_the_bound(monkeypatch, fraction):
     policy = make_policy(epopt)
     args = epopt.Args(max_kl=0.02, fisher_fraction=fraction)
+    monkeypatch.setattr(epopt, "FISHER_STEPS", 2)
     episodes = epopt.add_values(played_by(policy, make_episodes()), 0.9, 0.8)
     batch = epopt.select(episodes, epopt.worst(epopt.trajectory_returns(episodes), 0.5))
     old = [x.detach().clone() for x in policy(batch["obs"])]
@@ -485,7 +523,7 @@ def test_resampling_keeps_mean_and_covariance_and_the_range():
     check_resampling(epopt)
 
 
-def test_resampling_goes_red_when_particles_leave_or_are_mere_copies():  # T9
+def test_resampling_goes_red_when_particles_leave_or_are_mere_copies():  # T12
     red(
         check_resampling,
         "return torch.maximum(torch.minimum(x, high), low).to(particles.dtype)",
@@ -496,6 +534,18 @@ def test_resampling_goes_red_when_particles_leave_or_are_mere_copies():  # T9
         "",
     )
     red(check_resampling, "(1 - keep**2) ** 0.5 * torch.randn_like(x)", "0 * torch.randn_like(x)")
+
+
+def test_a_range_that_was_set_is_the_range_of_adaptation(tmp_path):
+    flags = f"{SMALL} --adapt-to-target --particles 60 --transitions 20 --total-timesteps 3000"
+    heavy = (
+        "--source-mean 3 0.3 0.6 1 --source-low 2.5 0.1 0.2 1 --source-high 4 0.5 1 1 --target 3.8 0.2 0.8 1"
+    )
+    epopt.main([*flags.split(), *heavy.split(), "--run-dir", str(tmp_path)])
+    (run,) = tmp_path.glob("epopt__*")
+    source = torch.load(run / "checkpoint.pt")["modules"]["source"]
+    mass = source["particles"][:, 0]
+    assert source["rounds"] == 3 and mass.min() >= 2.5 and mass.max() <= 4.0 and mass.mean() > 3.4
 
 
 def check_recorded_steps_are_those_of_the_simulator(module):
@@ -616,6 +666,9 @@ def test_evaluation_reports_the_tail_of_every_group(tmp_path):
         ("--epsilon 1.5", "--epsilon 1.5: expected more than 0, at most 1"),
         ("--num-models 9", "--num-models 9: expected at least 1 / epsilon"),
         ("--ensemble gamma", "--ensemble gamma: expected normal, uniform or single"),
+        ("--ensemble uniform --source-std 1 1 1 0", "--source-std .*: expected nothing"),
+        ("--adapt-to-target --particles 20", "--particles 20: expected at least 5 / min_ess"),
+        ("--ensemble single --adapt-to-target", "--ensemble single: expected normal or uniform"),
         ("--source-low 1 2", "--source-low .*: expected a number for each of cart mass, pole mass"),
         (
             "--source-low 3 0.1 0.2 1",
@@ -654,7 +707,7 @@ def rows_of(folder):
 
 
 def test_a_run_with_adaptation_resumes_exactly(tmp_path):
-    flags = f"{SMALL} --adapt-to-target --particles 50 --transitions 20 --warmup-iterations 2"
+    flags = f"{SMALL} --adapt-to-target --particles 60 --transitions 20 --warmup-iterations 2"
     epopt.main([*flags.split(), "--total-timesteps", "4000", "--run-dir", str(tmp_path / "whole")])
     rows = rows_of(tmp_path / "whole")
     assert sum("adapt/ess" in row for row in rows) == 3

@@ -301,6 +301,25 @@ def test_only_the_worlds_that_fell_start_again(env_id):
     assert alone > 5
 
 
+def test_worlds_that_rest_stand_still_and_no_other_notices():
+    envs = [common.make("HopperRandParams-v0", 6, seed=0) for _ in range(2)]
+    tasks = envs[0].sample_tasks(6)
+    for env in envs:
+        env.set_tasks(tasks)
+        env.reset(seed=0)
+    generator, rests = torch.Generator().manual_seed(0), torch.tensor([0, 1, 0, 0, 1, 0]).bool()
+    envs[1].rest(rests)
+    for _ in range(5):  # nobody falls so soon
+        action = 2 * torch.rand(6, 3, generator=generator) - 1
+        (obs, reward, *_), (resting_obs, resting_reward, *_) = (env.step(action) for env in envs)
+        assert torch.equal(obs[~rests], resting_obs[~rests])
+        assert torch.equal(reward[~rests], resting_reward[~rests])
+    before = resting_obs[rests]
+    assert torch.equal(envs[1].step(action)[0][rests], before)
+    envs[1].reset(seed=0)
+    assert not torch.equal(envs[1].step(action)[0][rests], envs[1].step(action)[0][rests])
+
+
 def test_a_fall_at_the_horizon_terminates_and_does_not_truncate():
     env, _ = made("HopperRandParams-v0", num_envs=256, horizon=12)
     _, _, terminated, truncated, _ = play(env, 48)
