@@ -24,7 +24,7 @@ ALGORITHM
         at some times, with --adapt-to-target:                                                       [Sec 3.2]
             play trajectories of the target, recording the simulator's state s
             log w_i = sum_t log N(s_t+1 | simulate(p_i, s_t, a_t), noise)      for each particle p_i
-            draw the particles anew with probability ~ w_i: the new source distribution
+            draw the particles anew with probability ~ w_i, in several steps: the new source          [D5]
     Objective: E[R | R is below its epsilon quantile], the conditional value at risk.            [Sec 3.1]
     On a new system: act. It is --adapt-to-target that learns from it.
     TRPO: Schulman et al. 2015, arXiv:1502.05477. GAE: Schulman et al. 2016, arXiv:1506.02438.
@@ -42,11 +42,11 @@ DIFFERS FROM THE PAPER
     D3  Fisher products see a random share of the steps (fisher_fraction; TRPO's appendix C).
     D4  The linear baseline is fitted to this iteration's trajectories, the authors' to the last one's: the
         returns that it explains are in its fit, so explained_variance is a little flattered.
-    D5  A likelihood of hundreds of exact steps leaves one particle alone. Its logarithm is multiplied by the
-        largest number up to 1 that leaves an effective sample size of min_ess. So a round believes less than
-        Bayes' rule would, the distribution stays wider, and the next round narrows it by new trajectories.
-        And new particles are copies moved a little, by which mean and covariance stay, but for the limits
-        (Liu and West 2001). The noise is a share of how much each entry of the state changes in a step.
+    D5  A likelihood of hundreds of exact steps leaves one particle alone. So it is let in bit by bit: raised
+        to the largest power that leaves an effective sample size of min_ess, then the particles are drawn
+        anew and simulated again, until the powers add up to 1 (or 20 times). And new particles are copies
+        moved a little, by which mean and covariance stay, but for the limits (Liu and West 2001). The noise
+        is a share of how much each entry of the state changes in a step.
     D6  Rounds of adaptation are spread evenly over one training, which goes on from the policy that it has.
     D7  The default job is no body of MuJoCo, and smaller: 200 models, epsilon 1 for 30 iterations.
         Paper: 240, and 100.
@@ -130,9 +130,9 @@ class Args:
     adapt_rounds: int = 3  # how often that is done, spread evenly over training [D6]
     target_episodes: int = 2  # trajectories of the target that a round sees
     transitions: int = 100  # steps of these that particles are judged by
-    particles: int = 500  # models that stand for the source distribution from the first round on
-    model_noise: float = 0.1  # deviation of the likelihood, in units of how much each entry changes [D5]
-    min_ess: float = 0.1  # least effective sample size, as a share of the particles [D5]
+    particles: int = 1000  # models that stand for the source distribution from the first round on
+    model_noise: float = 0.2  # deviation of the likelihood, in units of how much each entry changes [D5]
+    min_ess: float = 0.3  # least effective sample size in a step of a round, as a share of the particles [D5]
     hidden_size: int = 64  # width of the policy's two hidden layers
     init_std: float = 1.0  # standard deviation of the first actions, whose bounds are -1 and 1
     gamma: float = 0.99  # discount per step
@@ -444,6 +444,8 @@ def unexplained_variance(episodes):
 
 # ================================ 5. Adapt ===============================
 
+TEMPERING_STEPS = 20  # at most so many in a round [D5]
+
 
 def log_likelihood(env, particles, played, noise):
     """How well each model explains recorded steps: sum of log p(s' | s, a, model) + a constant. [Sec 3.2]
@@ -521,12 +523,18 @@ def adapt(policy, act_fn, env, source, target, args):
     some = torch.randperm(total, device=inside.device)[: args.transitions]
     played = {name: x[some] for name, x in played.items()}  # [M, ...]
     played["action"] = policy.to_env(played["action"])
-    log_weights = log_likelihood(env, source.particles, played, args.model_noise)
-    weights, beta = tempered_weights(log_weights, args.min_ess)
     low, high = env.ensemble[2:]
-    source.particles.copy_(resample(source.particles, weights, low, high))
+    left, smallest = 1.0, 1.0  # exponent of the likelihood that is still to come; effective sample size
+    for _ in range(TEMPERING_STEPS):
+        log_weights = left * log_likelihood(env, source.particles, played, args.model_noise)
+        weights, share = tempered_weights(log_weights, args.min_ess)
+        smallest = min(smallest, float(effective_sample_size(weights) / len(weights)))
+        source.particles.copy_(resample(source.particles, weights, low, high))
+        left *= 1 - share
+        if share in (0.0, 1.0):  # no model explains anything, or all is said
+            break
     source.rounds += 1
-    metrics = {"adapt/ess": float(effective_sample_size(weights) / len(weights)), "adapt/beta": beta}
+    metrics = {"adapt/ess": smallest, "adapt/beta": 1 - left}
     for name, entry in zip(env.parameter_names, source.particles.T, strict=True):
         metrics |= {f"adapt/mean {name}": float(entry.mean()), f"adapt/std {name}": float(entry.std())}
     return metrics, total

@@ -596,7 +596,7 @@ def test_three_rounds_find_the_target_and_never_leave_the_range(env_id):
     first = (source.particles.mean(0) - target)[0].abs()
     for _ in range(3):
         metrics, steps = epopt.adapt(policy, epopt.draw_action, env, source, target, args)
-        assert steps > 0 and metrics["adapt/ess"] >= 0.099 and 0 < metrics["adapt/beta"] <= 1
+        assert steps > 0 and metrics["adapt/ess"] >= 0.299 and metrics["adapt/beta"] == 1
         assert ((source.particles >= low - 1e-6) & (source.particles <= high + 1e-6)).all()
     after = source.particles
     off = (after.mean(0) - target)[:-1].abs()
@@ -667,7 +667,7 @@ def test_evaluation_reports_the_tail_of_every_group(tmp_path):
         ("--num-models 9", "--num-models 9: expected at least 1 / epsilon"),
         ("--ensemble gamma", "--ensemble gamma: expected normal, uniform or single"),
         ("--ensemble uniform --source-std 1 1 1 0", "--source-std .*: expected nothing"),
-        ("--adapt-to-target --particles 20", "--particles 20: expected at least 5 / min_ess"),
+        ("--adapt-to-target --particles 10", "--particles 10: expected at least 5 / min_ess"),
         ("--ensemble single --adapt-to-target", "--ensemble single: expected normal or uniform"),
         ("--source-low 1 2", "--source-low .*: expected a number for each of cart mass, pole mass"),
         (
