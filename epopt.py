@@ -75,9 +75,9 @@ RUN
         --total-timesteps 40000000 --eval-every 10 --eval-episodes 1
 
 RESULT (held-out grid inside the training range; +- a 95 % interval over seeds; one core)
-    CartPoleRun     16 M steps, 1.1 min, 10 seeds: mean 531 +- 21, 10th percentile 475 +- 38, mean of the worst
-                    tenth 426 +- 52; --epsilon 1: 551 +- 20, 426 +- 97, 290 +- 98; one model (9 seeds): 416,
-                    29, 27. --adapt-to-target, 3 seeds: the cart's mass 1.82, 1.81, 1.85 +- .03 for 1.84 kg
+    CartPoleRun     16 M steps, 1.1 min, 10 seeds: mean 531 +- 21, 10th percentile 475 +- 38, mean of the
+                    worst tenth 426 +- 52; --epsilon 1: 551 +- 20, 426 +- 97, 290 +- 98; one model (9 seeds):
+                    416, 29, 27. --adapt-to-target, 3 seeds: 1.82, 1.81, 1.85 kg for a cart of 1.84
     HopperEnsemble  begun only
 """
 
