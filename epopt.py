@@ -573,9 +573,10 @@ def evaluate(policy, env, models, groups, act_fn, args):
         numbers |= {"_p10": x.quantile(0.1), "_cvar10": x[worst(x, 0.1)].mean()}
         metrics |= {f"eval/return{name}{suffix}": float(value) for name, value in numbers.items()}
     if env.ensemble is not None:
-        inside, beyond = (models[groups[name], 0] if name in groups else [] for name in ("inside", "beyond"))
-        for value in sorted({*map(float, inside), *map(float, beyond)}):
-            group = "inside" if value in inside.tolist() else "beyond"
+        parts = [groups.get(name, slice(0, 0)) for name in ("inside", "beyond")]
+        inside, beyond = (models[part, 0].tolist() for part in parts)
+        for value in sorted({*inside, *beyond}):
+            group = "inside" if value in inside else "beyond"
             x = returns[groups[group]][models[groups[group], 0] == value].flatten()
             for name, number in (("", x.mean()), ("_p10", x.quantile(0.1)), ("_p90", x.quantile(0.9))):
                 metrics[f"eval/return{name}_at_{value:.3g}"] = float(number)
@@ -831,9 +832,10 @@ def set_ensemble(env, args):
     rows, names = env.ensemble, ("mean", "std", "low", "high")
     given = {name: getattr(args, f"source_{name}") for name in names}
     if rows is None:
-        asked = args.ensemble != "normal" or args.adapt_to_target or args.target or any(given.values())
-        unable = "has no ensemble, so no --ensemble, --source-..., --target or --adapt-to-target"
-        return fail(f"--env-id {args.env_id}: {unable}") if asked else None
+        if args.ensemble != "normal" or args.adapt_to_target or args.target or any(given.values()):
+            unable = "has no ensemble, so no --ensemble, --source-..., --target or --adapt-to-target"
+            fail(f"--env-id {args.env_id}: {unable}")
+        return
     for row, (name, values) in zip(rows, given.items(), strict=True):
         if values:
             one_each = f"a number for each of {', '.join(env.parameter_names)}"
@@ -917,7 +919,7 @@ def main(argv=None):
     eval_env = make_env(args.env_id, len(models) * args.eval_episodes, device, seed=0)
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
     policy = TanhPolicy(obs_dim, action_space, args.hidden_size, args.init_std).to(device)
-    source = Source(env, args.particles)
+    source = Source(target_env, args.particles)  # not from env: what it draws must not depend on particles
     act_fn = torch.compile(draw_action) if args.compile else draw_action
     modules = {"policy": policy, "env": env, "source": source, "target_env": target_env}  # all with a state
     if args.evaluate:

@@ -84,7 +84,7 @@ class Ensemble(TaskVectorEnv):
 
         tasks: [n, task_dim], state: [n, state] float64, action: [n, act]. Returns the next state, [n, state].
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} cannot repeat a step under other models")
 
     # ---- hooks
 

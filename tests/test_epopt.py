@@ -356,6 +356,44 @@ def test_fisher_products_equal_the_explicit_hessian_of_the_mean_kl(space):
     check_fisher_products(epopt, space)
 
 
+def check_fisher_products_see_all_trajectories(module):
+    """Twenty of equal length, whose steps say whose they are, and a tenth of the steps."""
+    horizon, count, seen = 1000, 20, []
+    whose = torch.arange(float(count)).expand(horizon, count)
+    one = torch.ones(horizon, count)
+    torch.manual_seed(0)
+    names = {
+        "action": torch.randn(horizon, count, 2),
+        "logprob": one,
+        "valid": one,
+        "advantage": torch.randn(one.shape),
+    }
+    batch = module.select({"obs": torch.stack([whose, one], -1), **names}, torch.arange(count))
+    shipped = module.fisher_product
+
+    def look(policy, output, batch):
+        seen.append(batch["obs"][:, 0])
+        return shipped(policy, output, batch)
+
+    module.fisher_product = look
+    try:
+        module.update(module.TanhPolicy(2, CONTINUOUS, 4, 1.0), batch, module.Args(fisher_fraction=0.1))
+    finally:
+        module.fisher_product = shipped
+    (steps,) = seen
+    assert len(steps) == 2000 and torch.bincount(steps.long(), minlength=count).min() > 50
+
+
+def test_fisher_products_see_all_trajectories():
+    check_fisher_products_see_all_trajectories(epopt)
+
+
+def test_fisher_products_go_red_when_they_see_every_tenth_step():
+    stride = "torch.arange(count, device=gradient.device) * total // count"
+    right = "torch.randperm(total, device=gradient.device)[:count]"
+    red(check_fisher_products_see_all_trajectories, right, stride)
+
+
 def check_conjugate_gradient(module):
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(6, 6, generator=generator, dtype=torch.float64)
@@ -578,6 +616,52 @@ def test_recording_goes_red_when_padding_or_the_wrong_state_is_taken():  # T7
         "valid = valid * ~(terminated | truncated)  # T4: the environment begins anew, but that is no data",
         "valid = valid * ~truncated",
     )
+
+
+def check_particles_are_judged_by_all_trajectories(module):
+    """Pendulums never fall, so every trajectory has as many steps; their starts tell them apart."""
+    env, judged = common.make("PendulumEnsemble-v0", 4, seed=0), []
+    policy = module.TanhPolicy(3, env.single_action_space, 8, 1.0)
+    source = module.Source(env, 50)
+    shipped, played = module.log_likelihood, []
+
+    def look(env, particles, steps, noise):
+        judged.append(steps["state"])
+        return shipped(env, particles, steps, noise)
+
+    def record(*args, **kwargs):
+        played.append(module_rollout(*args, **kwargs))
+        return played[-1]
+
+    module_rollout, module.rollout, module.log_likelihood = module.rollout, record, look
+    try:
+        torch.manual_seed(0)
+        args = module.Args(particles=50, transitions=100)
+        module.adapt(policy, module.draw_action, env, source, env.named_tasks["target"], args)
+    finally:
+        module.rollout, module.log_likelihood = module_rollout, shipped
+    states = played[0]["state"]  # [T, 4, state]
+    counts = [(judged[0][:, None] == states[None, :, n]).all(2).any(1).sum().item() for n in range(4)]
+    assert sum(counts) == 100 and min(counts) > 10
+
+
+def test_particles_are_judged_by_all_trajectories():
+    check_particles_are_judged_by_all_trajectories(epopt)
+
+
+def test_judging_goes_red_when_it_takes_every_so_manyth_step():
+    right = "torch.randperm(total, device=inside.device)[: args.transitions]"
+    stride = "torch.arange(args.transitions, device=inside.device) * total // args.transitions"
+    red(check_particles_are_judged_by_all_trajectories, right, stride)
+
+
+def test_what_is_drawn_for_training_does_not_depend_on_the_particles(tmp_path):
+    rows = []
+    for count in ("50", "200"):
+        flags = f"{SMALL} --total-timesteps 1500 --particles {count} --run-dir {tmp_path / count}"
+        epopt.main(flags.split())
+        rows.append([row["charts/return"] for row in rows_of(tmp_path / count)])
+    assert rows[0] == rows[1]
 
 
 ADAPTABLE = ["CartPoleRunEnsemble-v0", "CartPoleEnsemble-v0", "PendulumEnsemble-v0", "HopperEnsemble-v0"]
