@@ -67,7 +67,7 @@ TRAPS (each has a test that goes red when the trap is put in)
     T12 Particles that leave the range that models may have, or all fall onto one.
 
 RUN
-    python epopt.py                                                     # a cart that runs: two minutes
+    python epopt.py                                                     # a cart that runs: a minute or two
     python epopt.py --epsilon 1                                         # plain domain randomisation
     python epopt.py --epsilon 1 --ensemble single                       # TRPO in one simulator
     python epopt.py --adapt-to-target                                   # and learn from the target
@@ -75,8 +75,8 @@ RUN
         --total-timesteps 40000000 --eval-every 10 --eval-episodes 1
 
 RESULT (held-out grid inside the training range; +- a 95 % interval over seeds; one core)
-    CartPoleRun     16 M steps, 1.1 min, 10 seeds: mean 531 +- 21, 10th percentile 475 +- 38, mean of the
-                    worst tenth 426 +- 52; --epsilon 1: 551 +- 20, 426 +- 97, 290 +- 98; one model (9 seeds):
+    CartPoleRun     16 M steps, 1.0 min, 10 seeds: mean 521 +- 45, 10th percentile 472 +- 59, mean of the
+                    worst tenth 410 +- 70; --epsilon 1: 551 +- 20, 426 +- 97, 290 +- 98; one model (9 seeds):
                     416, 29, 27. --adapt-to-target, 3 seeds: 1.82, 1.81, 1.85 kg for a cart of 1.84
     HopperEnsemble  begun only
 """
