@@ -2,13 +2,15 @@
 
     python -m benchmark.reproduce                       list the entries
     python -m benchmark.reproduce NAME... [--jobs 2]    run them, or go on with them; write results/NAME.csv
+    python -m benchmark.reproduce NAME --sweep          print it as a W&B sweep, a run a seed
 
-Runs lie in RUN_DIR/NAME/. With several jobs each run gets one thread, which on small networks is the better
-use of two cores.
+A NAME may hold a *, in quotes: 'compare_pointgoal_*'. Runs lie in RUN_DIR/NAME/. With several jobs each run
+gets one thread, which on small networks is the better use of two cores.
 """
 
 import argparse
 import csv
+import fnmatch
 import json
 import os
 import platform
@@ -103,6 +105,19 @@ BROKEN_CHEETAH = (
     "--env-id BrokenHalfCheetah-v0 --num-envs 4 --warmup-steps 20000 --input-noise 0.4 --gamma 0.99"
     " --tau 0.005 --replay-episodes 100 --total-timesteps 220000 --eval-tasks 20"
 )
+# The comparison: one budget of environment steps a task, at most 15 minutes of a core a run on the plane
+SAME_TASKS = "--total-timesteps 4500000 --eval-tasks 100"
+ON_PLANE = f"--env-id PointGoal-v0 {SAME_TASKS}"
+ON_ARC = f"--env-id SparsePointGoal-v0 {SAME_TASKS}"
+RL2_TRIALS = "--episodes-per-trial 4 --hidden-size 128 --lr 0.003 --eval-every 10"
+RL2_PLANE = f"{RL2_TRIALS} --num-envs 128 --epochs 4 --gamma 0.95 --gae-lambda 0.9 --entropy-coef 0"
+RL2_ARC = f"{RL2_TRIALS} --num-envs 256 --epochs 3 --gamma 0.97 --gae-lambda 0.9 --entropy-coef 0.01"
+PEARL_PLANE = (
+    "--train-tasks 400 --replay-episodes 50 --context-stride 25 --latent-size 5 --gamma 0.95"
+    " --updates-per-step 0.006 --eval-every 2 --save-every 5"
+)
+PEARL_ARC = f"{PEARL_SPARSE} --updates-per-step 0.003 --replay-episodes 500"  # the last of a flag counts
+TOLD_PLANE = "--updates-per-step 0.003 --eval-every 5 --save-every 20"
 FAST = "--lr 0.001"
 AS_MUCH_TARGET = f"{FAST} --method target --total-timesteps 5500 --updates-per-step 2"  # as gradient steps
 
@@ -301,6 +316,40 @@ ENTRIES = {
         10,
         "below DARC",
     ),
+    "compare_pointgoal_rl2": ("rl2_ppo.py", f"{ON_PLANE} {RL2_PLANE}", (1, 2, 3), 14, "optimum -.488"),
+    "compare_pointgoal_maml": ("maml_trpo.py", f"{ON_PLANE} --eval-every 5", (1, 2, 3), 4, "optimum -.488"),
+    "compare_pointgoal_pearl": ("pearl_sac.py", f"{ON_PLANE} {PEARL_PLANE}", (1, 2, 3), 11, "optimum -.488"),
+    "compare_pointgoal_told": (
+        "mtl_contextual.py",
+        f"{ON_PLANE} {TOLD_PLANE}",
+        (1, 2, 3),
+        7,
+        "optimum -.488",
+    ),
+    "compare_pointgoal_nothing": (
+        "mtl_contextual.py",
+        f"{ON_PLANE} {TOLD_PLANE} --context none",
+        (1, 2, 3),
+        7,
+        "standing still -37.8",
+    ),
+    "compare_sparse_rl2": ("rl2_ppo.py", f"{ON_ARC} {RL2_ARC}", (1, 2, 3), 4, "optimum 13.39"),
+    "compare_sparse_maml": ("maml_trpo.py", f"{ON_ARC} --eval-every 10", (1, 2, 3), 5, "optimum 13.39"),
+    "compare_sparse_pearl": ("pearl_sac.py", f"{PEARL_ARC} {ON_ARC}", (1, 2, 3), 14, "optimum 13.39"),
+    "compare_sparse_told": (
+        "mtl_contextual.py",
+        f"{ON_ARC} {TOLD_PLANE} {HER}",
+        (1, 2, 3),
+        7,
+        "optimum 13.39",
+    ),
+    "compare_sparse_nothing": (
+        "mtl_contextual.py",
+        f"{ON_ARC} {TOLD_PLANE} --context none",
+        (1, 2, 3),
+        7,
+        "the best single place",
+    ),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }
 
@@ -327,6 +376,14 @@ def run_seed(name, seed, run_dir, threads):
     if code:
         sys.exit(f"error: {' '.join(command)} ended with {code}, see {log.name}")
     return sorted(parent.glob(f"*__{seed}__*/checkpoint.pt"))[-1].parent
+
+
+def sweep(name):
+    """An entry as a sweep of Weights & Biases: its flags fixed, its seeds a grid. JSON is YAML, too."""
+    script, flags, seeds, _, _ = ENTRIES[name]
+    command = ["${env}", "python", "${program}", *flags.split(), "--track", "${args}"]
+    grid = {"method": "grid", "parameters": {"seed": {"values": list(seeds)}}}
+    return {"name": name, "program": script, **grid, "command": command}
 
 
 def git_commit():
@@ -368,13 +425,21 @@ def main():
     parser.add_argument("names", nargs="*", help="entries to run; none: list them")
     parser.add_argument("--run-dir", default="runs", help="where run folders lie")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, a thread each")
+    parser.add_argument("--sweep", action="store_true", help="run nothing, print a sweep for W&B's agents")
     options = parser.parse_args()
-    unknown = set(options.names) - set(ENTRIES)
+    matches = {name: fnmatch.filter(ENTRIES, name) for name in options.names}
+    unknown = {name for name, found in matches.items() if not found}
     if unknown:
         sys.exit(f"error: no entry named {', '.join(sorted(unknown))}; there are {', '.join(ENTRIES)}")
     if not options.names:
         for name, (script, flags, seeds, minutes, reference) in ENTRIES.items():
             print(f"{name}: {script} {flags}\n    seeds {seeds}, about {minutes} minutes each; {reference}")
+        return
+    options.names = list(dict.fromkeys(name for found in matches.values() for name in found))
+    if options.sweep:
+        if len(options.names) > 1:
+            sys.exit(f"error: --sweep takes one entry, these are {', '.join(options.names)}")
+        print(json.dumps(sweep(options.names[0]), indent=2))
         return
     threads = 1 if options.jobs > 1 else 0
     with ThreadPoolExecutor(options.jobs) as pool:
