@@ -60,7 +60,7 @@ PEARL_CHEETAH = (
 PEARL_SPARSE = (
     "--env-id SparsePointGoal-v0 --train-tasks 100 --episodes-per-task 12 --prior-episodes 8"
     " --context-episodes 12 --context-rounds 3 --context-stride 2 --num-tasks 32 --batch-size 32"
-    " --latent-size 5 --updates-per-step 0.015 --eval-episodes 6 --total-timesteps 720000"
+    " --latent-size 5 --updates-per-step {} --eval-episodes 6 --total-timesteps {}"
 )
 PEARL_LONG = "--total-timesteps 2400000"
 
@@ -106,7 +106,8 @@ BROKEN_CHEETAH = (
     " --tau 0.005 --replay-episodes 100 --total-timesteps 220000 --eval-tasks 20"
 )
 # The comparison: one budget of environment steps a task, at most 15 minutes of a core a run on the plane
-SAME_TASKS = "--total-timesteps 4500000 --eval-tasks 100"
+BUDGET = 4_500_000
+SAME_TASKS = f"--total-timesteps {BUDGET} --eval-tasks 100"
 ON_PLANE = f"--env-id PointGoal-v0 {SAME_TASKS}"
 ON_ARC = f"--env-id SparsePointGoal-v0 {SAME_TASKS}"
 RL2_TRIALS = "--episodes-per-trial 4 --hidden-size 128 --lr 0.003 --eval-every 10"
@@ -116,7 +117,7 @@ PEARL_PLANE = (
     "--train-tasks 400 --replay-episodes 50 --context-stride 25 --latent-size 5 --gamma 0.95"
     " --updates-per-step 0.006 --eval-every 2 --save-every 5"
 )
-PEARL_ARC = f"{PEARL_SPARSE} --updates-per-step 0.003 --replay-episodes 500"  # the last of a flag counts
+PEARL_ARC = f"{PEARL_SPARSE.format(0.003, BUDGET)} --replay-episodes 500 --eval-tasks 100 --save-every 10"
 TOLD_PLANE = "--updates-per-step 0.003 --eval-every 5 --save-every 20"
 FAST = "--lr 0.001"
 AS_MUCH_TARGET = f"{FAST} --method target --total-timesteps 5500 --updates-per-step 2"  # as gradient steps
@@ -174,7 +175,7 @@ ENTRIES = {
     "pearl_pointrobot_long": ("pearl_sac.py", PEARL_LONG, (1,), 60, "middle -15.71, optimal -5.13"),
     "pearl_pointrobot_transitions": ("pearl_sac.py", "--context transitions", (1, 2, 3), 4, "whole episodes"),
     "pearl_pointrobot_kl": ("pearl_sac.py", "--kl-coef 0.1", (1,), 4, "a KL too heavy"),
-    "pearl_sparse": ("pearl_sac.py", PEARL_SPARSE, (1, 2, 3), 5, "optimal 13.39"),
+    "pearl_sparse": ("pearl_sac.py", PEARL_SPARSE.format(0.015, 720_000), (1, 2, 3), 5, "optimal 13.39"),
     "pearl_cheetah_vel": (
         "pearl_sac.py",
         PEARL_CHEETAH.format("Vel", 1_500_000, 100),
@@ -335,7 +336,7 @@ ENTRIES = {
     ),
     "compare_sparse_rl2": ("rl2_ppo.py", f"{ON_ARC} {RL2_ARC}", (1, 2, 3), 4, "optimum 13.39"),
     "compare_sparse_maml": ("maml_trpo.py", f"{ON_ARC} --eval-every 10", (1, 2, 3), 5, "optimum 13.39"),
-    "compare_sparse_pearl": ("pearl_sac.py", f"{PEARL_ARC} {ON_ARC}", (1, 2, 3), 14, "optimum 13.39"),
+    "compare_sparse_pearl": ("pearl_sac.py", PEARL_ARC, (1, 2, 3), 14, "optimum 13.39"),
     "compare_sparse_told": (
         "mtl_contextual.py",
         f"{ON_ARC} {TOLD_PLANE} {HER}",
