@@ -25,7 +25,7 @@ ALGORITHM  [Alg 1]
             draw a batch of each domain
             classifiers: descend the cross-entropy of q(domain | s, a, s') and of q(domain | s, a)
             delta r = log q(target | s, a, s') - log q(source | s, a, s')
-                      - log q(target | s, a) + log q(source | s, a)       on the source's batch
+                      - log q(target | s, a) + log q(source | s, a)       on the source's batch, anew
             y = reward_scale (r + correction_scale delta r), the latter once the warm-up is over
                 + gamma (1 - terminated) (min_i Q_target_i(s', a') - alpha log pi(a' | s'))
             critics: descend sum_i (Q_i(s, a) - y)^2                                              [SAC Eq 5]
@@ -33,14 +33,14 @@ ALGORITHM  [Alg 1]
             alpha: descend -alpha (log pi(a~ | s) + target entropy)                              [SAC Eq 18]
             where a' ~ pi(. | s') and a~ ~ pi(. | s)
     in the target: play with the policy's mean for an action. Nothing is trained.
-    --method source leaves out delta r, importance_weighting weighs the critics' errors by exp(delta r)
-    instead, and target is SAC in the target alone.
+    --method source leaves out delta r, classifiers and target; importance_weighting weighs the critics'
+    errors by exp(delta r) instead; target is SAC in the target alone, with all total_timesteps there.
     SAC: Haarnoja et al. 2018, arXiv:1801.01290; with a learned temperature 1812.05905, whose equation
     numbers these are.
 
 DIFFERS FROM THE PAPER
     D1  Whole episodes are played between bouts of gradient steps, in num_envs environments side by side;
-        there, a step and a gradient step alternate.
+        there, a step and a gradient step alternate, here there is one to five steps (updates_per_step).
     D2  The classifier of (s, a, s') reads s' - s as well: the same information, and what domains differ in.
     D3  The logits of (s, a, s') are those of (s, a) plus a network's, which is the correction itself, as in
         the released code (which sends that loss's gradient through both; here those of (s, a) are held
@@ -48,9 +48,11 @@ DIFFERS FROM THE PAPER
         and more conviction, and the difference of two such numbers is anything: the policy finds the places
         where it happens to be positive.
     D4  The inputs of all networks are normalised by what was played, as in HER (arXiv:1707.01495). The
-        classifiers' had better be: the noise on them has one size for all.
+        classifiers' had better be: the noise on them has one size for all. Deviations below .01 are not
+        blown up: choose units in which a step changes more.
     D5  The squared correction is in the classifiers' loss, with a weight so small that data overrule it at
-        once (decay, 0 for the paper's): domains count as alike until a difference is seen.
+        once (decay, 0 for the paper's): domains count as alike until a difference is seen. Where they are
+        told apart for certain it holds delta r to 4.7 nats: sigmoid(-m) = 2 decay m.
     D6  Importance weighting touches the critics only: given (s, a), it is s' that the domains deal out
         differently, and the actor's loss has none. The released code weighs that, too. Weights are kept
         below 10, as a ratio knows no bound.
@@ -61,7 +63,7 @@ DIFFERS FROM THE PAPER
         and a temperature that is learned, what a nat costs is a choice: correction_scale, which the released
         code has, too. Where steps earn a tenth, errors of a tenth of a nat decide everything at 1.
 
-TRAPS (each has a test; it goes red when the trap is put in)
+TRAPS (each has a test, which goes red when the trap is put in; that of T12, a trap of the theory, shows it)
     T1  A softmax on top of a softmax, as where a loss that takes logits is given probabilities: the
         correction gets a wrong slope, and nothing else looks wrong.
     T2  Twin critics that are copies of one another: they stay equal, and the minimum of two is one.
@@ -69,10 +71,11 @@ TRAPS (each has a test; it goes red when the trap is put in)
     T4  Inputs of different size beside noise of one size: it drowns the small ones, and the change in a
         short step is the smallest of all.
     T5  The second classifier left out: the policy is paid for being where the target's data are.
-    T6  A time limit taken for an end: the critic learns that nothing comes after it.
+    T6  A time limit taken for an end: the critic learns that nothing comes after it. (The classifiers see
+        no ends at all: the domains have to end episodes alike.)
     T7  The next episode's first observation taken for the last one's next observation: a jump that no
         dynamics make, and both classifiers learn it.
-    T8  delta r added after the reward scale: it weighs 1 / scale times what the theory says.
+    T8  delta r added after the reward scale: correction_scale is then in other units, 1 / scale too large.
     T9  Episodes that end early: what follows in their row is padding and no data.
     T10 Squashing forgotten in the log-probability, or its Jacobian taken where tanh is flat: log 0.
     T11 Classifiers that begin when the warm-up is over: the first corrections are noise.
@@ -87,15 +90,16 @@ RUN
     python darc_offdynamics.py --env-id BrokenReacher-v0 --total-timesteps 165000 --updates-per-step 0.07 \
         --warmup-steps 15000 --input-noise 0.4 --correction-scale 0.1 --gamma 0.95 --lr 5e-4 --tau 0.005
         # two environments of your own: --env-id my_module:Simulator-v0 --target-env-id my_module:Robot-v0
+        # (what they must offer: common/base.py); a robot that is one: --num-envs 1 --eval-tasks 1
 
 RESULT (in the target; +- a 95 % interval over seeds)
     PointWall       60,000 steps, 5,500 of them in the target, 2.3 min of a busy core, 3 seeds: 1.00 +- .01
                     of the episodes come to the goal, source only and importance weighting .26
     BrokenReacher   165,000 steps, 16,000 in the target, 2.3 min, 10 seeds: -10.5 +- .4; source only -11.1 +-
                     .6, importance weighting -11.3 +- .7 (8 seeds), trained in the target -9.4
-    PointDoor       the wall is in the source: DARC walks around it in the target, too, -10.5 to -11 with all
-                    episodes at the goal, and -14.8 with .02 of them in the last evaluation (1 seed); straight
-                    on would be -6.0
+    PointDoor       --env-id PointDoor-v0, the wall is in the source: DARC walks around it in the target, too,
+                    -10.5 to -11 with all episodes at the goal; its last evaluation failed, -14.8 with .02 of
+                    them (1 seed). Straight on would be -6.0
 """
 
 import contextlib
@@ -116,7 +120,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import common
+import common  # task distributions; what one of your own has to offer is said in common/base.py
 
 # ================================ 1. Args ================================
 
@@ -125,9 +129,9 @@ import common
 class Args:
     env_id: str = "PointWall-v0"  # a pair of domains: one of common.ids(), or your_module:YourId-v0
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
-    total_timesteps: int = 60_000  # environment steps in all, those spent on adapting to a task too
+    total_timesteps: int = 60_000  # environment steps in training, of adapting too, of evaluating not
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
-    compile: bool = False  # torch.compile what main passes on as a function: may pay on a GPU
+    compile: bool = False  # torch.compile acting or gradient steps, see main: may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
     wandb_project: str = "onefile-meta-rl"  # W&B project
     wandb_entity: str = ""  # W&B user or team; empty: your default one
@@ -135,18 +139,18 @@ class Args:
     eval_every: int = 4  # iterations between evaluations on the held-out tasks
     save_every: int = 4  # iterations between checkpoints
     resume: str = ""  # run folder (or checkpoint) to continue, on a CPU bit for bit; flags are remembered
-    evaluate: str = ""  # run folder (or checkpoint) to evaluate on the held-out tasks, then exit
+    evaluate: str = ""  # run folder (or checkpoint) to evaluate, then exit; flags of evaluation may differ
 
     target_env_id: str = ""  # whose held-out tasks are the target; empty: env_id itself, a pair
     method: str = "darc"  # darc, importance_weighting, source (no correction) or target (SAC there)
     target_ratio: float = 0.1  # target steps for each source step, played num_envs episodes at a time
     correction_scale: float = 1.0  # factor on delta r: in units of the reward, what a nat costs [D8]
-    target_in_sac: bool = False  # let the target's transitions into SAC as well, as they are
-    warmup_steps: int = 5000  # source steps before the correction counts, in which the classifiers train
+    target_in_sac: bool = False  # let as many target transitions into SAC's batch as well, as they are
+    warmup_steps: int = 5000  # source steps in which SAC learns from r alone; the classifiers train already
     input_noise: float = 0.1  # deviation of the noise on the classifiers' normalised inputs, in training
     decay: float = 0.001  # weight of the squared correction in the classifiers' loss [D5]
     num_envs: int = 16  # episodes that are played side by side
-    updates_per_step: float = 0.2  # gradient steps per environment step that SAC learns from
+    updates_per_step: float = 0.2  # gradient steps per source step (--method target: per target step)
     batch_size: int = 256  # transitions of a batch, as many of each environment [D1]
     replay_episodes: int = 500  # episodes that are kept for each environment
     hidden_size: int = 128  # width of the hidden layers of all networks [D7]
@@ -435,7 +439,10 @@ def collect_domains(agent, act_fn, envs, replays, args):
 
 
 def draw_domain(replay, args):
-    """A batch of one domain, as many transitions of each environment: a dict of [num_envs, M, ...]."""
+    """A batch of one domain, as many transitions of each environment: a dict of [num_envs, M, ...].
+
+    Its reward is the dense one, where there is one; evaluation counts the plain one.
+    """
     rows = torch.arange(args.num_envs, device=replay.length.device)
     batch = replay.take(rows, *replay.draw(rows, args.batch_size // args.num_envs))
     return {**batch, "reward": batch["train_reward"]}
@@ -448,7 +455,7 @@ def classifier_loss(classifiers, source, target, noise, decay):
     """Cross-entropy of both classifiers, over as many transitions of either domain. [Alg 1]
 
     source, target: dicts of [N, M, ...] with obs, action, next_obs; decay: weight of the squared correction.
-    Returns the loss of (s, a, s') and that of (s, a), scalars; ln 2 is that of a coin.
+    Returns the loss of (s, a, s'), which holds the decay, and that of (s, a): scalars; a coin's is ln 2.
     """
     names = ("obs", "action", "next_obs")
     both = (torch.stack([source[name], target[name]]) for name in names)  # [2, N, M, ...]
@@ -539,7 +546,8 @@ def darc_step(agent, optimizer, source, target, correcting, args):
     metrics |= {"losses/critic": td_loss, "losses/actor": pi_loss, "debug/alpha": alpha.mean()}
     metrics |= {"debug/entropy": -logprob.mean(), "debug/q": values.mean(), "debug/grad_norm": grad_norm}
     metrics |= {"debug/explained_variance": explained, "debug/grad_norm_actor": actor_grad_norm}
-    metrics |= {"debug/correction": batch["correction"].mean(), "debug/weight": batch["weight"].mean()}
+    own = len(root_weight) // (1 + args.target_in_sac)  # the others are the target's
+    metrics |= {f"debug/{name}": batch[name][:own].mean() for name in ("correction", "weight")}
     return {name: value.detach() for name, value in metrics.items()}
 
 
@@ -579,9 +587,9 @@ def adapt(classifiers, source, target, correcting, args):
     batch = {**learned_from, "weight": one, "correction": zero}
     if correcting and args.method in CLASSIFYING:
         delta = reward_correction(classifiers, *(source[name] for name in ("obs", "action", "next_obs")))
+        batch["correction"] = delta
         if args.method == "darc":  # T12: exact for deterministic dynamics
-            corrected = source["reward"] + args.correction_scale * delta
-            batch |= {"reward": corrected, "correction": delta}
+            batch["reward"] = source["reward"] + args.correction_scale * delta
         else:
             batch["weight"] = delta.exp().clamp(max=MAX_WEIGHT)
     if args.target_in_sac:
@@ -598,8 +606,8 @@ EVAL_SEED = 20_190_319  # of starts and actions in every evaluation of every run
 def evaluate(agent, envs, act_fn, args):
     """Play eval_episodes from frozen starts in both domains; what is counted by episode is the target's.
 
-    Nothing changes from one to the next. eval/correction_* says what the classifiers hold against the
-    source's steps.
+    Nothing is trained, and the target steps played here are not counted. eval/correction_* says what the
+    classifiers hold against the source's steps.
     """
     metrics, device = {}, envs["target"].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -630,9 +638,9 @@ def evaluate(agent, envs, act_fn, args):
 
 
 def summarize(returns, lengths, success=None):
-    """Held-out results as metrics. All [N, stages]; stage 0 is before any adaptation.
+    """Held-out results as metrics, counted from 0. All [N, stages]; lengths are in steps.
 
-    A stage is an episode of RL^2's trial, or what MAML plays between two gradient steps. lengths: in steps.
+    A stage is an episode, or where an agent learns by gradient steps, what it plays between two of them.
     """
     num_tasks, num_stages = returns.shape
     to_error = max(num_tasks - 1, 1) ** -0.5  # from the deviation in this sample to a standard error
@@ -650,6 +658,8 @@ def summarize(returns, lengths, success=None):
 
 
 # ==================== Run folder, log, checkpoint [shared] ====================
+
+# The same text in every script, and nothing of the algorithm in it.
 
 SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
 MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()
@@ -791,6 +801,7 @@ def check_finite(run, global_step, metrics):
 
 def log(run, global_step, metrics):
     """A row for metrics.jsonl now, and for W&B once a checkpoint covers it: resuming sends none twice."""
+    check_finite(run, global_step, metrics)
     row = {"global_step": global_step, **metrics}
     try:
         run["log"].write(json.dumps(row) + "\n")
@@ -920,9 +931,9 @@ def main(argv=None):
     num_envs = 1 if args.evaluate else args.num_envs
     envs = make_domains(args, num_envs, device, (args.seed, 2**30 - 1 - args.seed))
     held_out = envs["target"].num_test_tasks
-    num_tasks = args.eval_tasks or min(1000, held_out)
-    require(num_tasks <= held_out, "eval_tasks", num_tasks, f"at most {held_out}, all that are held out")
-    eval_envs = make_domains(args, num_tasks, device, (0, 0))
+    eval_tasks = args.eval_tasks or min(1000, held_out)
+    require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
+    eval_envs = make_domains(args, eval_tasks, device, (0, 0))
     obs_dim, action_space = (
         envs["source"].single_observation_space.shape[0],
         envs["source"].single_action_space,
@@ -934,7 +945,7 @@ def main(argv=None):
     if args.evaluate:
         restore(checkpoint, {"agent": agent})
         report = evaluate(agent, eval_envs, act_fn, args)
-        print_report(eval_envs["target"], report, num_tasks, "episode")
+        print_report(eval_envs["target"], report, eval_tasks, "episode")
         print_domains(report)
         return
 
@@ -982,7 +993,7 @@ def main(argv=None):
     if run["wandb"] is not None:
         run["wandb"].finish()
     report = report or evaluate(agent, eval_envs, act_fn, args)
-    print_report(eval_envs["target"], report, num_tasks, "episode")
+    print_report(eval_envs["target"], report, eval_tasks, "episode")
     print_domains(report)
     print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
 

@@ -19,14 +19,15 @@ ALGORITHM
     repeat
         draw N models p_k from the source distribution; play a trajectory tau_k of each          [Alg 1 l.2-4]
         baseline and advantages A_t from all N                                                            [D4]
-        T = the ceil(epsilon N) trajectories of lowest return                                    [Alg 1 l.6-8]
-        a step of TRPO on T: ascend the mean of (pi / pi_played) A_t, KL at most delta        [TRPO Eq 14]
+        T = the ceil(epsilon N) trajectories of lowest return, in the warm-up all                [Alg 1 l.6-8]
+        a step of TRPO on T: ascend the mean of (pi / pi_played) A_t, KL at most delta; A_t standardised and
+            both means taken over the steps of T                                                 [TRPO Eq 14]
         at some times, with --adapt-to-target:                                                       [Sec 3.2]
             play trajectories of the target, recording the simulator's state s
-            log w_i = sum_t log N(s_t+1 | simulate(p_i, s_t, a_t), noise)      for each particle p_i
+            log w_i = sum log N(s' | simulate(p_i, s, a), noise) over some of the steps, for each particle p_i
             draw the particles anew with probability ~ w_i, in several steps: the new source          [D5]
     Objective: E[R | R is below its epsilon quantile], the conditional value at risk.            [Sec 3.1]
-    On a new system: act. It is --adapt-to-target that learns from it.
+    On a new system the policy only acts; learning from it is what --adapt-to-target is for.
     TRPO: Schulman et al. 2015, arXiv:1502.05477. GAE: Schulman et al. 2016, arXiv:1506.02438.
 
 DIFFERS FROM THE PAPER
@@ -35,29 +36,31 @@ DIFFERS FROM THE PAPER
         pi_t | R <= y]. Over all trajectories baselines and centring change nothing, since grad log p(tau) has
         mean 0; over the worst its mean is grad log P(R <= y), so they do. Advantages there are negative on
         average; centring them, which the paper leaves open, adds a pull towards more such trajectories.
-        Without it that one term, estimated from few trajectories, is most of the step: the one run that was
-        tried fell to nothing.
+        Uncentred, their mean times grad log P(R <= y), a noisy estimate from few trajectories, is most of the
+        step: the one such run that was tried fell to nothing.
     D2  Trajectories are ranked by the sum of their rewards, as in the authors' code and as evaluation counts
         them; the paper writes the discounted sum.
     D3  Fisher products see a random share of the steps (fisher_fraction; TRPO's appendix C).
     D4  The linear baseline is fitted to this iteration's trajectories, the authors' to the last one's: the
-        returns that it explains are in its fit, so explained_variance is a little flattered.
+        returns that it explains are in its fit, so explained_variance is a little flattered, and
+        advantages are a little too small.
     D5  A likelihood of hundreds of exact steps leaves one particle alone. So it is let in bit by bit: raised
         to the largest power that leaves an effective sample size of min_ess, then the particles are drawn
-        anew and simulated again, until the powers add up to 1 (or 20 times). And new particles are copies
-        moved a little, by which mean and covariance stay, but for the limits (Liu and West 2001). The noise
-        is a share of how much each entry of the state changes in a step.
+        anew and simulated again, until the powers add up to 1 (or 20 times: see adapt/beta). And new
+        particles are copies moved a little, by which mean and covariance stay, but for the limits (Liu and
+        West 2001). The noise is a share of how much each entry of the state changes in a step.
     D6  Rounds of adaptation are spread evenly over one training, which goes on from the policy that it has.
     D7  The default job is no body of MuJoCo, and smaller: 200 models, epsilon 1 for 30 iterations.
-        Paper: 240, and 100.
+        Paper: 240, and 100. Hopper's command in RUN: 240, and 60.
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  A mass changed without its moments of inertia.
-    T2  The baseline fitted to the worst trajectories only: it takes their bad returns for normal.
+    T2  The baseline fitted to the worst trajectories only: it takes their bad returns for normal, state by
+        state, which centring does not repair.
     T3  The baseline's clock running over the whole batch instead of each episode.
     T4  Episodes that end early: what follows in their row is padding and no data.
-    T5  The count of the worst: ceil(epsilon N), and .07 of 100 is 7.000000000000001 in floating point; equal
-        returns in random order.
+    T5  The count of the worst: ceil(epsilon N), and .07 of 100 is 7.000000000000001 in floating point. Or
+        ties broken at random: of equal returns the first are taken.
     T6  Advantages standardised for each trajectory: what made one worse than another is taken away.
     T7  The next episode's first state taken for the last one's successor: no model explains that jump.
     T8  Likelihoods instead of their logarithms: a few hundred steps, and all are 0.
@@ -99,7 +102,7 @@ from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from torch.nn.utils import vector_to_parameters
 from tqdm import tqdm
 
-import common
+import common  # task distributions; what one of your own has to offer is said in common/base.py
 
 # ================================ 1. Args ================================
 
@@ -108,9 +111,9 @@ import common
 class Args:
     env_id: str = "CartPoleRunEnsemble-v0"  # task distribution: one of common.ids(), or your_module:YourId-v0
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
-    total_timesteps: int = 16_000_000  # environment steps in all, those spent on adapting to a task too
+    total_timesteps: int = 16_000_000  # environment steps in training, of adapting too, of evaluating not
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
-    compile: bool = False  # torch.compile what main passes on as a function: may pay on a GPU
+    compile: bool = False  # torch.compile acting or gradient steps, see main: may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
     wandb_project: str = "onefile-meta-rl"  # W&B project
     wandb_entity: str = ""  # W&B user or team; empty: your default one
@@ -118,10 +121,10 @@ class Args:
     eval_every: int = 20  # iterations between evaluations on the held-out tasks
     save_every: int = 20  # iterations between checkpoints
     resume: str = ""  # run folder (or checkpoint) to continue, on a CPU bit for bit; flags are remembered
-    evaluate: str = ""  # run folder (or checkpoint) to evaluate on the held-out tasks, then exit
+    evaluate: str = ""  # run folder (or checkpoint) to evaluate, then exit; flags of evaluation may differ
 
     ensemble: str = "normal"  # models to train on: normal or uniform draws, or single: nothing but the mean
-    source_mean: tuple[float, ...] = ()  # of each entry of a task row; empty: the environment's own
+    source_mean: tuple[float, ...] = ()  # of each entry of a task row (not uniform); empty: the environment's
     source_std: tuple[float, ...] = ()  # deviation of each entry; empty: the environment's own
     source_low: tuple[float, ...] = ()  # no model is drawn from below these; empty: the environment's own
     source_high: tuple[float, ...] = ()  # no model is drawn from above these; empty: the environment's own
@@ -455,15 +458,17 @@ def log_likelihood(env, particles, played, noise):
 
     s' ~ N(simulate(model, s, a), (noise * spread)^2), spread: deviation of s' - s, by entry of the state.
     particles: [P, task_dim]; played: a dict of state, next_state [M, state] and action [M, act], as the
-    environment got it. Returns [P] in float64; not finite where a simulation failed.
+    environment got it. Returns [P] in float64; not finite where a simulation failed. There is no prior in it,
+    as the particles are draws from it.
     """
     state, action, after = (played[name] for name in ("state", "action", "next_state"))
     rows = particles.repeat_interleave(len(state), 0)
     repeated = (torch.cat([x] * len(particles)) for x in (state, action))
     predicted = env.simulate(rows, *repeated)
-    spread = (after - state).std(0, correction=0).clamp(min=1e-6)
+    rounding = 1e-6 * after.abs().amax(0).clamp(min=1)  # where nothing changes: what float32 can tell apart
+    spread = (after - state).std(0, correction=0).maximum(rounding)
     error = (predicted.unflatten(0, (len(particles), -1)) - after) / (noise * spread)  # [P, M, state]
-    return -(error**2).sum((1, 2)).double() / 2
+    return -(error.double() ** 2).sum((1, 2)) / 2
 
 
 def effective_sample_size(weights):
@@ -472,9 +477,10 @@ def effective_sample_size(weights):
 
 
 def tempered_weights(log_weights, min_ess):
-    """exp(beta log_weights), normalised, beta the largest number to 1 that leaves min_ess P effective. [D5]
+    """exp(beta log_weights), normalised, beta the largest number to 1 that leaves a share effective. [D5]
 
-    log_weights: [P]; a particle whose own is not finite gets nothing. Returns weights [P], beta.
+    log_weights: [P]; a particle whose own is not finite gets nothing. min_ess: the share, of the others.
+    Returns weights [P], beta.
     """
     known = log_weights.isfinite()
     if not known.any():  # no model explains anything: believe what was believed
@@ -483,7 +489,7 @@ def tempered_weights(log_weights, min_ess):
     def weigh(beta):  # T8: softmax subtracts the largest first
         return (beta * log_weights).masked_fill(~known, -math.inf).softmax(0)
 
-    floor = min_ess * len(log_weights)
+    floor = min_ess * int(known.sum())
     if effective_sample_size(weigh(1.0)) >= floor:
         return weigh(1.0), 1.0
     low, high = 0.0, 1.0
@@ -584,9 +590,9 @@ def evaluate(policy, env, models, groups, act_fn, args):
 
 
 def summarize(returns, lengths, success=None):
-    """Held-out results as metrics. All [N, stages]; stage 0 is before any adaptation.
+    """Held-out results as metrics, counted from 0. All [N, stages]; lengths are in steps.
 
-    A stage is an episode of RL^2's trial, or what MAML plays between two gradient steps. lengths: in steps.
+    A stage is an episode, or where an agent learns by gradient steps, what it plays between two of them.
     """
     num_tasks, num_stages = returns.shape
     to_error = max(num_tasks - 1, 1) ** -0.5  # from the deviation in this sample to a standard error
@@ -604,6 +610,8 @@ def summarize(returns, lengths, success=None):
 
 
 # ==================== Run folder, log, checkpoint [shared] ====================
+
+# The same text in every script, and nothing of the algorithm in it.
 
 SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
 MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()
@@ -745,6 +753,7 @@ def check_finite(run, global_step, metrics):
 
 def log(run, global_step, metrics):
     """A row for metrics.jsonl now, and for W&B once a checkpoint covers it: resuming sends none twice."""
+    check_finite(run, global_step, metrics)
     row = {"global_step": global_step, **metrics}
     try:
         run["log"].write(json.dumps(row) + "\n")
@@ -818,7 +827,8 @@ def check_epopt(args):
     kinds = ("normal", "uniform", "single")
     require(args.ensemble in kinds, "ensemble", args.ensemble, "normal, uniform or single")
     one = args.adapt_to_target and args.ensemble == "single"
-    require(not one, "ensemble", args.ensemble, "normal or uniform: with --adapt-to-target there is a choice")
+    several = "normal or uniform: --adapt-to-target chooses among several models"
+    require(not one, "ensemble", args.ensemble, several)
     useless = args.ensemble != "normal" and args.source_std
     require(not useless, "source_std", args.source_std, "nothing: it belongs to --ensemble normal")
     few = args.adapt_to_target and args.particles * args.min_ess < 5
@@ -879,7 +889,7 @@ def held_out_models(env, args):
 
 
 def print_grid(report, groups):
-    """What print_report leaves out: the spread over models, for each group of them."""
+    """What print_report leaves out: the spread over episodes, for each group of models."""
     columns = ("", "_std", "_p10", "_cvar10")
     print("\n" + "".join(f"{name:>14}" for name in ("models", "return", "std", "p10", "cvar10")))
     for group in groups:

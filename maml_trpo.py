@@ -26,9 +26,10 @@ ALGORITHM
 
 DIFFERS FROM THE PAPER
     D1  As in the authors' code, the inner loss has the policy gradient as its first derivative, but in its
-        second one theta does not change which states and actions are met (Rothfuss et al. 2019,
-        arXiv:1810.06784). --inner-objective dice keeps that term; it is noisier.
-    D2  Two hidden layers of 64 tanh units instead of 100 ReLUs: smaller, and smooth.
+        second derivative it is as if theta did not change which states and actions are met (Rothfuss et al.
+        2019, arXiv:1810.06784). --inner-objective dice keeps that term; it is noisier.
+    D2  Two hidden layers of 64 tanh units instead of 100 ReLUs: smaller, and smooth. Mean actions begin at
+        almost 0 (orthogonal weights, the last layer's by .01). HalfCheetah's alpha, delta and N: see RUN.
     D3  Actions are in units of the environment's bounds, as in the authors' code; the paper does not say.
     D4  As in the authors' code the baseline is fitted to the very returns that it is subtracted from: theta'
         differs in every task, so an older fit would not do. GAE's lambda is .98 instead of 1.
@@ -51,19 +52,20 @@ TRAPS (each has a test that goes red when the trap is put in)
     T9  Conjugate gradient updated in place, residual and direction being one tensor at the start.
 
 RUN
-    python maml_trpo.py                                                 # 2D navigation: some two minutes
+    python maml_trpo.py                                                 # 2D navigation: two to five minutes
     python maml_trpo.py --inner-steps 0                                 # its "pretrained" baseline
     python maml_trpo.py --inner-steps 0 --oracle                        # its "told" reference line
     python maml_trpo.py --env-id HalfCheetahDir-v0 --num-tasks 10 --inner-lr 1 --max-kl 0.03 \
         --gae-lambda 0.95 --fisher-fraction 0.25 --total-timesteps 64000000 --eval-tasks 40 --eval-episodes 20
     python maml_trpo.py --evaluate runs/NAME --inner-steps 10           # ten gradient steps on new tasks
+    python maml_trpo.py --evaluate runs/NAME --inner-lr 0.03 --eval-lr-factor 1  # best for the pretrained one
 
 RESULT (held-out tasks after 0, 1, 2, 3 gradient steps; +- a standard error over tasks; one busy core)
     2D navigation      4.5 M steps, 61 meta-iterations, 5 min, 3 seeds: -38.4, -11.2 +- .8, -5.6 +- .5,
                        -3.2 +- .2; pretrained with its best step size -38.2, -19.4, -10.0, -7.0; told the
                        goal -.50; MAML's released runs, 100 meta-iterations: -40.4, -11.7, -3.33, -3.23
     HalfCheetahDir     28 M of 64 M steps, 43 min, 1 seed, cut off, not rising since 12 M: -30, 126 +- 20,
-                       178, 206 (at 26 M -34, 173, 195, 214); told its task 831
+                       178, 206 (at 26 M -34, 173, 195, 214); told its task 831. Its two tasks are trained on
 """
 
 import contextlib
@@ -84,7 +86,7 @@ from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from torch.nn.utils import vector_to_parameters
 from tqdm import tqdm
 
-import common
+import common  # task distributions; what one of your own has to offer is said in common/base.py
 
 # ================================ 1. Args ================================
 
@@ -93,9 +95,9 @@ import common
 class Args:
     env_id: str = "PointGoal-v0"  # task distribution: one of common.ids(), or your_module:YourId-v0
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
-    total_timesteps: int = 4_500_000  # environment steps in all, those spent on adapting to a task too
+    total_timesteps: int = 4_500_000  # environment steps in training, of adapting too, of evaluating not
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
-    compile: bool = False  # torch.compile what main passes on as a function: may pay on a GPU
+    compile: bool = False  # torch.compile acting or gradient steps, see main: may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
     wandb_project: str = "onefile-meta-rl"  # W&B project
     wandb_entity: str = ""  # W&B user or team; empty: your default one
@@ -103,11 +105,11 @@ class Args:
     eval_every: int = 20  # iterations between evaluations on the held-out tasks
     save_every: int = 20  # iterations between checkpoints
     resume: str = ""  # run folder (or checkpoint) to continue, on a CPU bit for bit; flags are remembered
-    evaluate: str = ""  # run folder (or checkpoint) to evaluate on the held-out tasks, then exit
+    evaluate: str = ""  # run folder (or checkpoint) to evaluate, then exit; flags of evaluation may differ
 
     num_tasks: int = 20  # N, tasks of a meta-batch
     episodes_per_task: int = 20  # E, episodes of a task that one gradient step is made of, inner or outer
-    inner_steps: int = 1  # K, gradient steps to adapt; 0: plain multi-task TRPO, the "pretrained" baseline
+    inner_steps: int = 1  # K, gradient steps to adapt; 0: plain TRPO, "pretrained"; evaluated after 3 anyway
     inner_lr: float = 0.5  # alpha, size of these steps; too large and the outer loop sees only noise
     inner_objective: str = "logprob"  # logprob (the authors'), or dice: the full second derivative [D1]
     first_order: bool = False  # first-order MAML: drop all second derivatives
@@ -122,8 +124,8 @@ class Args:
     fisher_fraction: float = 1.0  # share of the outer episodes in the Fisher products [D5]
     tasks_at_once: int = 2  # tasks whose derivatives are taken together; 0: all, for a GPU
     eval_episodes: int = 40  # episodes of a gradient step at evaluation (the paper's number)
-    eval_lr_factor: float = 0.25  # at evaluation, steps from the second on are this much of inner_lr [D6]
-    eval_tasks: int = 100  # held-out tasks to evaluate on; 0: all there are, at most 10,000
+    eval_lr_factor: float = 0.25  # at evaluation, of all steps but the first; give 1 where K > 1 [D6]
+    eval_tasks: int = 100  # held-out tasks to evaluate on, all at once; 0: all there are, at most 10,000
 
 
 # ============================== 2. Networks ==============================
@@ -180,7 +182,7 @@ class Policy(nn.Module):
 def act(policy, obs, phi):
     """obs [N, E, obs], phi [N, ...] -> actions [N, E] or [N, E, act], and their log-probability [N, E]."""
     policies = policy.distribution(policy(obs, phi))
-    action = policies.sample()  # T2: one draw for all tasks
+    action = policies.sample()  # T2: one call, and noise of its own for every task and episode
     return action, policies.log_prob(action)
 
 
@@ -266,7 +268,8 @@ def add_advantage(episodes, gamma, gae_lambda):
     weight = valid / valid.sum((0, 2), keepdim=True)
     mean = (advantage * weight).sum((0, 2), keepdim=True)
     std = ((advantage - mean) ** 2 * weight).sum((0, 2), keepdim=True).sqrt()
-    advantage = (advantage - mean) / (std + 1e-8) * valid  # where no return says anything: noise of full size
+    # where all returns are equal, what is left of rounding is blown up to size 1
+    advantage = (advantage - mean) / (std + 1e-8) * valid
     batch = {**episodes, "value": value, "ret": ret, "advantage": advantage, "weight": weight}
     return {name: x.transpose(0, 1).contiguous() for name, x in batch.items()}
 
@@ -461,7 +464,7 @@ def explained_variance(batch):
 
 
 def adapt(policy, act_fn, env, tasks, step_sizes, args, seed=None):
-    """Learn tasks by gradient steps: play, step, play, ..., play. The same in training as on a new task.
+    """Learn tasks by gradient steps: play, step, play, ..., play; in training and on a new task.
 
     tasks: [N, task_dim], of env.num_envs / N episodes each. Returns a list of batches, as add_advantage makes
     them, played after 0, 1, ..., len(step_sizes) gradient steps.
@@ -494,7 +497,7 @@ def evaluate(policy, env, num_tasks, act_fn, args):
     """The same frozen held-out tasks before and after every gradient step of eval_step_sizes. [T7]"""
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
-        tasks = env.sample_tasks(num_tasks, split="test")
+        tasks = env.sample_tasks(num_tasks, split="test")  # a list of their own, the same at every call
         batches = adapt(policy, act_fn, env, tasks, eval_step_sizes(args), args, seed=EVAL_SEED)
     returns = torch.stack([returns_of(batch).mean(1) for batch in batches], 1)  # [N, steps + 1]
     lengths = torch.stack([batch["valid"].sum((1, 2)) for batch in batches], 1)  # of all E episodes together
@@ -503,9 +506,9 @@ def evaluate(policy, env, num_tasks, act_fn, args):
 
 
 def summarize(returns, lengths, success=None):
-    """Held-out results as metrics. All [N, stages]; stage 0 is before any adaptation.
+    """Held-out results as metrics, counted from 0. All [N, stages]; lengths are in steps.
 
-    A stage is an episode of RL^2's trial, or what MAML plays between two gradient steps. lengths: in steps.
+    A stage is an episode, or where an agent learns by gradient steps, what it plays between two of them.
     """
     num_tasks, num_stages = returns.shape
     to_error = max(num_tasks - 1, 1) ** -0.5  # from the deviation in this sample to a standard error
@@ -523,6 +526,8 @@ def summarize(returns, lengths, success=None):
 
 
 # ==================== Run folder, log, checkpoint [shared] ====================
+
+# The same text in every script, and nothing of the algorithm in it.
 
 SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
 MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()
@@ -664,6 +669,7 @@ def check_finite(run, global_step, metrics):
 
 def log(run, global_step, metrics):
     """A row for metrics.jsonl now, and for W&B once a checkpoint covers it: resuming sends none twice."""
+    check_finite(run, global_step, metrics)
     row = {"global_step": global_step, **metrics}
     try:
         run["log"].write(json.dumps(row) + "\n")
@@ -731,12 +737,8 @@ def check_maml(args):
     for name in ("gamma", "gae_lambda"):
         require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "a number from 0 to 1")
     require(0 < args.fisher_fraction <= 1, "fisher_fraction", args.fisher_fraction, "more than 0, at most 1")
-    require(
-        args.inner_objective in ("logprob", "dice"),
-        "inner_objective",
-        args.inner_objective,
-        "logprob or dice",
-    )
+    known = args.inner_objective in ("logprob", "dice")
+    require(known, "inner_objective", args.inner_objective, "logprob or dice")
 
 
 def main(argv=None):
@@ -747,9 +749,9 @@ def main(argv=None):
 
     num_envs = args.num_tasks * args.episodes_per_task
     env = make_env(args.env_id, 1 if args.evaluate else num_envs, device, args.seed)
-    num_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
-    require(num_tasks <= held_out, "eval_tasks", num_tasks, f"at most {held_out}, all that are held out")
-    eval_env = make_env(args.env_id, num_tasks * args.eval_episodes, device, seed=0)
+    eval_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
+    require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
+    eval_env = make_env(args.env_id, eval_tasks * args.eval_episodes, device, seed=0)
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
     obs_dim += args.oracle * env.task_space.shape[0]
     policy = Policy(obs_dim, action_space, args.hidden_size, args.init_std).to(device)
@@ -757,8 +759,8 @@ def main(argv=None):
     modules = {"policy": policy, "env": env}  # all that has a state
     if args.evaluate:
         restore(checkpoint, {"policy": policy})
-        report = evaluate(policy, eval_env, num_tasks, act_fn, args)
-        print_report(eval_env, report, num_tasks, "gradient steps")
+        report = evaluate(policy, eval_env, eval_tasks, act_fn, args)
+        print_report(eval_env, report, eval_tasks, "gradient steps")
         return
 
     iteration = global_step = 0
@@ -786,7 +788,7 @@ def main(argv=None):
             metrics |= {"time/rollout": collected - start, "time/update": learned - collected}
             check_finite(run, global_step, metrics)
             if iteration % args.eval_every == 0 or global_step >= total:
-                report = evaluate(policy, eval_env, num_tasks, act_fn, args)
+                report = evaluate(policy, eval_env, eval_tasks, act_fn, args)
                 metrics |= {**report, "time/evaluate": clock(device) - learned}
                 before, after = (report[f"eval/return_ep{stage}"] for stage in (0, 1))
                 bar.set_postfix(held_out=f"{before:.2f} -> {after:.2f}")
@@ -797,8 +799,8 @@ def main(argv=None):
 
     if run["wandb"] is not None:
         run["wandb"].finish()
-    report = report or evaluate(policy, eval_env, num_tasks, act_fn, args)
-    print_report(eval_env, report, num_tasks, "gradient steps")
+    report = report or evaluate(policy, eval_env, eval_tasks, act_fn, args)
+    print_report(eval_env, report, eval_tasks, "gradient steps")
     print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
 
 

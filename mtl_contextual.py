@@ -5,8 +5,8 @@ THE IDEA
     If the agent knows its task there is nothing to infer: give the policy and the critic a description w of
     the task beside the observation, and learn all tasks at once with one off-policy algorithm. What a task
     teaches serves the others through the shared weights, and a description never met lies between ones that
-    were. It is the upper bound for every algorithm that has to find out (PEARL, RL^2, MAML), as w = nothing
-    is the lower one.
+    were. Its optimum is the upper bound for every algorithm that has to find out (PEARL, RL^2, MAML), as that
+    of w = nothing is the lower one.
 
     Where the task is a goal and only reaching it pays, a beginner never sees a reward, and nothing is
     learned. Hindsight (HER) makes use of what did happen: wherever the episode went, it would have been a
@@ -19,9 +19,10 @@ ALGORITHM
     repeat
         on every training task: play an episode with pi(a | s, w), into the task's own replay
         for a number of gradient steps:
-            draw N tasks, and as many transitions (s, a, r, s') of each
+            draw N tasks, and M transitions (s, a, r, s') of each
             her: to k of k + 1 of them give a goal g' that was achieved at one of the steps t+1..T of the
-                same episode; r = r(s', g'), terminated likewise, w = g'                  [HER Alg 1, Sec 4.5]
+                same episode (final: at T); r = r(s', g'), w = g'                         [HER Alg 1, Sec 4.5]
+                and terminated likewise, where reaching a goal ends the episode (HER's own run on)
             y = r + gamma (1 - terminated) (min_i Q_target_i(s', a', w) - alpha_task log pi(a' | s', w))
             critics: descend sum_i (Q_i(s, a, w) - y)^2                                           [SAC Eq 5]
             actor: descend alpha_task log pi(a~ | s, w) - min_i Q_i(s, a~, w)                     [SAC Eq 7]
@@ -39,11 +40,12 @@ DIFFERS FROM THE PAPER
         same distribution, more of it, and the replay stays that of all scripts.
     D3  Multi-task SAC has one temperature a task (arXiv:1910.10897, App). Here that is one for each training
         task, also where tasks are draws from a continuum; with hindsight it is that of the task in which the
-        transition was played. Adam's momentum moves those that are not in a batch a little, too.
-    D4  Inputs are normalised as in HER, unlike in multi-task SAC, by the goals that were meant. With the
+        transition was played. Adam's momentum moves those that are not in a batch a little, too, and heads.
+    D4  Inputs are normalised as in HER, unlike in multi-task SAC, by what was played and the goals that were
+        meant; the statistics move after each round of episodes, and the first one is played without. With the
         same flags the sparse reacher came to .98 of its goals after 256,000 steps without it and to all of
         them after 32,000 with it (one seed).
-    D5  Smaller networks and batches by default than the papers'.
+    D5  Smaller networks, and fewer transitions of a task, by default than the papers'.
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  Hindsight goals achieved before the step or at its beginning: the goal is behind, and nothing in
@@ -62,7 +64,7 @@ TRAPS (each has a test that goes red when the trap is put in)
     T13 Heads that read each other: a task's loss moves another task's output layer.
 
 RUN
-    python mtl_contextual.py                                            # told the goal: two minutes
+    python mtl_contextual.py                # told the task's row, here the goal: two minutes
     python mtl_contextual.py --env-id PointMaze-v0 --context goal --her future --gamma 0.98 --lr 1e-3 \
         --updates-per-step 0.05 --total-timesteps 200000
     python mtl_contextual.py --env-id ClassicControl-v0 --context onehot --train-tasks 3 --num-tasks 3 \
@@ -72,15 +74,17 @@ RUN
         --batch-size 64 --hidden-size 256 --lr 3e-4 --gamma 0.99 --tau 0.005 --reward-scale 0.1 \
         --updates-per-step 0.1 --replay-episodes 1000 --total-timesteps 20000000 --eval-tasks 100 \
         --eval-every 20 --save-every 20    # Meta-World's own sizes: --hidden-size 400 --hidden-layers 3
-                                           # --batch-size 128; a beginning was run by us
+                                           # --batch-size 128; the first 100,000 steps were run by us
 
-RESULT (held-out tasks, zero-shot; +- a 95 % interval, over seeds where there are three)
+RESULT (held-out tasks, zero-shot; ClassicControl and MT3: the trained ones from new starts; +- a 95 %
+        interval, over seeds where there are three, else over tasks; more flags in benchmark/reproduce.py)
     PointGoal          300,000 steps, 1.5 min of two cores, 3 seeds: -.538 +- .004, all goals reached; told
                        nothing -37.9; optimum -.488
     PointMaze          200,000 steps, 3 min of a busy core, 3 seeds: .95 +- .05 of the goals, without
                        hindsight .08 to .66
     ReacherGoal        150,000 steps, 2 min, 3 seeds: all goals, without hindsight .10 to .38
     ClassicControl     250,000 steps, 6 min, 3 seeds: cart pole 146, 146 and 9, pendulum -143, acrobot 81
+                       on average
     HalfCheetahVel     600,000 steps, 14 min, 1 seed: -23.6 +- 2.5; PEARL -32
     MT3                810,000 steps, 69 min, 1 seed: all of 150 episodes solved, in each of the three tasks
 """
@@ -104,7 +108,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import common
+import common  # task distributions; what one of your own has to offer is said in common/base.py
 
 # ================================ 1. Args ================================
 
@@ -113,9 +117,9 @@ import common
 class Args:
     env_id: str = "PointGoal-v0"  # task distribution: one of common.ids(), or your_module:YourId-v0
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
-    total_timesteps: int = 300_000  # environment steps in all, those spent on adapting to a task too
+    total_timesteps: int = 300_000  # environment steps in training, of adapting too, of evaluating not
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
-    compile: bool = False  # torch.compile what main passes on as a function: may pay on a GPU
+    compile: bool = False  # torch.compile acting or gradient steps, see main: may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
     wandb_project: str = "onefile-meta-rl"  # W&B project
     wandb_entity: str = ""  # W&B user or team; empty: your default one
@@ -123,7 +127,7 @@ class Args:
     eval_every: int = 1  # iterations between evaluations on the held-out tasks
     save_every: int = 1  # iterations between checkpoints
     resume: str = ""  # run folder (or checkpoint) to continue, on a CPU bit for bit; flags are remembered
-    evaluate: str = ""  # run folder (or checkpoint) to evaluate on the held-out tasks, then exit
+    evaluate: str = ""  # run folder (or checkpoint) to evaluate, then exit; flags of evaluation may differ
 
     context: str = "task"  # what the policy is told: task (its row), onehot (its number), goal or none
     train_tasks: int = 200  # training tasks, drawn once: each has a ring of replay of its own
@@ -132,7 +136,7 @@ class Args:
     num_tasks: int = 64  # N, tasks of a batch
     batch_size: int = 16  # transitions of each of them in the losses
     replay_episodes: int = 200  # episodes that a task's ring holds
-    heads: bool = False  # one output layer a task on a shared trunk, with --context onehot
+    heads: bool = False  # an output layer a task (actor and critics) on a shared trunk, with --context onehot
     her: str = "none"  # hindsight: none, or goals from the episode's final step, or from any future one
     her_k: int = 4  # hindsight: of k + 1 transitions k get another goal, in whole numbers
     hidden_size: int = 128  # width of the hidden layers of all networks [D5]
@@ -140,7 +144,7 @@ class Args:
     lr: float = 5e-4  # Adam's step size, of all networks
     gamma: float = 0.9  # discount per step, below 1
     tau: float = 0.01  # share of the critics that moves into the target critics at each gradient step
-    reward_scale: tuple[float, ...] = (1.0,)  # factor on rewards: one for all, or one for each named task
+    reward_scale: tuple[float, ...] = (1.0,)  # factor on rewards: one, or one each in env.named_tasks' order
     autotune: bool = True  # learn the entropy temperature so that entropy is about minus the action dimension
     alpha: float = 0.1  # entropy temperature; with autotune the first one
     deterministic_eval: bool = True  # at evaluation act by the policy's mean
@@ -418,6 +422,7 @@ def hindsight_index(step, length, strategy):
 def relabel(batch, goal, env):
     """The same transitions as if `goal` had been meant: reward and termination are made anew. [T3]
 
+    From what was achieved and the goal alone: what an action costs, or a fall, has no place in them.
     batch: a dict of [N, M, ...] with next_obs; goal: [N, M, goal]. Returns a dict of context, reward and
     terminated.
     """
@@ -612,9 +617,9 @@ def evaluate(agent, env, tasks, act_fn, args):
 
 
 def summarize(returns, lengths, success=None):
-    """Held-out results as metrics. All [N, stages]; stage 0 is before any adaptation.
+    """Held-out results as metrics, counted from 0. All [N, stages]; lengths are in steps.
 
-    A stage is an episode of RL^2's trial, or what MAML plays between two gradient steps. lengths: in steps.
+    A stage is an episode, or where an agent learns by gradient steps, what it plays between two of them.
     """
     num_tasks, num_stages = returns.shape
     to_error = max(num_tasks - 1, 1) ** -0.5  # from the deviation in this sample to a standard error
@@ -632,6 +637,8 @@ def summarize(returns, lengths, success=None):
 
 
 # ==================== Run folder, log, checkpoint [shared] ====================
+
+# The same text in every script, and nothing of the algorithm in it.
 
 SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
 MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()
@@ -773,6 +780,7 @@ def check_finite(run, global_step, metrics):
 
 def log(run, global_step, metrics):
     """A row for metrics.jsonl now, and for W&B once a checkpoint covers it: resuming sends none twice."""
+    check_finite(run, global_step, metrics)
     row = {"global_step": global_step, **metrics}
     try:
         run["log"].write(json.dumps(row) + "\n")
@@ -853,8 +861,9 @@ def check_contextual(args):
 
 def check_told(env, agent, test_tasks, args):
     """Check, with all that was restored, that what --context promises can be told of these tasks."""
-    wanted = f"a task distribution with goals, and {args.env_id} has none"
-    require(args.context != "goal" or env.goal_space is not None, "context", "goal", wanted)
+    wanted = f"a task distribution whose task rows are goals, and those of {args.env_id} are not"
+    fits = env.goal_space is not None and env.goal_space.shape == env.task_space.shape
+    require(args.context != "goal" or fits, "context", "goal", wanted)
     if args.context == "onehot":  # two numbers for one task would be two heads and two temperatures
         different = len(agent.tasks.unique(dim=0))
         what = f"at most {different}: more are repetitions, which --context onehot cannot number"
@@ -895,14 +904,14 @@ def main(argv=None):
     torch.manual_seed(args.seed)
 
     env = make_env(args.env_id, 1 if args.evaluate else args.train_tasks, device, args.seed)
-    num_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
-    require(num_tasks <= held_out, "eval_tasks", num_tasks, f"at most {held_out}, all that are held out")
-    eval_env = make_env(args.env_id, num_tasks, device, seed=0)
+    eval_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
+    require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
+    eval_env = make_env(args.env_id, eval_tasks, device, seed=0)
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
     continuous = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
     require(continuous, "env_id", args.env_id, "a task distribution with continuous actions between bounds")
 
-    tasks, test_tasks = env.sample_tasks(args.train_tasks), eval_env.sample_tasks(num_tasks, split="test")
+    tasks, test_tasks = env.sample_tasks(args.train_tasks), eval_env.sample_tasks(eval_tasks, split="test")
     agent = make_contextual_agent(obs_dim, tasks, action_space, args).to(device)
     act_fn = torch.compile(sample_action) if args.compile else sample_action
     step_fn = torch.compile(sac_step) if args.compile else sac_step
@@ -910,7 +919,7 @@ def main(argv=None):
         restore(checkpoint, {"agent": agent})
         check_told(env, agent, test_tasks, args)
         report = evaluate(agent, eval_env, test_tasks, act_fn, args)
-        print_report(eval_env, report, num_tasks, "episode")
+        print_report(eval_env, report, eval_tasks, "episode")
         print_named(eval_env, report)
         return
 
@@ -957,7 +966,7 @@ def main(argv=None):
     if run["wandb"] is not None:
         run["wandb"].finish()
     report = report or evaluate(agent, eval_env, test_tasks, act_fn, args)
-    print_report(eval_env, report, num_tasks, "episode")
+    print_report(eval_env, report, eval_tasks, "episode")
     print_named(eval_env, report)
     print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
 

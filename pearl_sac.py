@@ -31,9 +31,9 @@ ALGORITHM
     numbers these are.
 
 DIFFERS FROM THE PAPER
-    D1  The later SAC: two target critics and a learned temperature. The paper's has a state-value network and
-        alpha = 1 with scaled rewards (--no-autotune --alpha 1 --reward-scale 5).
-    D2  Context is whole episodes, the first few of a recent round: just what will be there on a new task. The
+    D1  The later SAC: two target critics and a learned temperature. The paper's has a state-value network,
+        which is not here, and alpha = 1 with scaled rewards (--no-autotune --alpha 1 --reward-scale 5).
+    D2  Context is whole episodes, the first few of a recent round: much as it will be on a new task. The
         released code draws single transitions from recent data (--context transitions): z can be read off a
         mixture of many episodes easily, and off the few real ones of a new task much less well.
     D3  All that is played enters context and replay alike, as both kinds are met at test. In most released
@@ -45,10 +45,11 @@ DIFFERS FROM THE PAPER
         time, and the context of the others grows stale.
     D6  The KL's weight beta is per task, in units of the critics' mean squared error. The released code sums
         the KL over the meta-batch beside a mean over transitions: its .1 is 1.6 here. But its rewards are
-        scaled by 5 or more and their squares by 25 or more. On the point robot .1 costs a fifth of the
-        way: -9.5 in the fourth episode.
-    D7  Smaller networks and batches by default, a larger meta-batch and more training tasks: the encoder
-        learns from each context once, so different contexts are what it needs. The paper's sizes: see RUN.
+        scaled by 5 or more and their squares by 25 or more. On the point robot --kl-coef 0.1 costs a fifth
+        of what is gained between the first and the fourth episode (-9.5 there).
+    D7  Smaller networks and batches by default, a larger meta-batch and more training tasks: a gradient step
+        shows the encoder one context a task, however large the batch. gamma, tau and lr suit the point
+        robot's short episodes. The paper's sizes: see RUN.
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  The KL summed over tasks while the critic's loss is a mean: beta grows with the meta-batch.
@@ -77,14 +78,16 @@ RUN
         --episodes-per-task 4 --prior-episodes 2 --context-episodes 2 --total-timesteps 2500000 \
         --eval-tasks 30 --save-every 5     # close to the released code; not run to its end by us
 
-RESULT (held-out tasks by episode; +- a standard error over tasks)
+RESULT (held-out tasks by episode, the first is eval/return_ep0; +- a standard error over tasks; flags in RUN
+        or, for SparsePointGoal and HalfCheetahDir, in benchmark/reproduce.py)
     PointRobot         240,000 steps, 2 min of one core, 3 seeds: -18.1, -10.5 +- .2, -7.8, -7.3 in episodes
                        1 to 4; going to the middle -15.7, optimum told the goal -5.1
     the same with --context transitions                             -17.4, -15.5 +- .3, -12.9, -11.2
     SparsePointGoal    720,000 steps, 8 min of a busy core, 3 seeds: 1.1, 2.7, 4.1 +- .4, 4.8; optimum 13.4
-    HalfCheetahVel     1.5 M steps, 35 min of a busy core, 1 seed: -186, -36 +- 2, -34, -32; still -282,
-                       VariBAD's released runs -25
-    HalfCheetahDir     .9 M steps, 21 min, 1 seed: 172, 1187 +- 14, 1215, 1198; VariBAD's released runs 1900
+    HalfCheetahVel     1.5 M steps, 35 min of a busy core, 1 seed: -186, -36 +- 2, -34, -32; standing
+                       still -282, VariBAD's released runs -25
+    HalfCheetahDir     .9 M steps, 21 min, 1 seed: 172, 1187 +- 14, 1215, 1198; VariBAD's released runs 1900.
+                       Its two tasks are trained on
 """
 
 import contextlib
@@ -105,7 +108,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import common
+import common  # task distributions; what one of your own has to offer is said in common/base.py
 
 # ================================ 1. Args ================================
 
@@ -114,9 +117,9 @@ import common
 class Args:
     env_id: str = "PointRobot-v0"  # task distribution: one of common.ids(), or your_module:YourId-v0
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
-    total_timesteps: int = 240_000  # environment steps in all, those spent on adapting to a task too
+    total_timesteps: int = 240_000  # environment steps in training, of adapting too, of evaluating not
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
-    compile: bool = False  # torch.compile what main passes on as a function: may pay on a GPU
+    compile: bool = False  # torch.compile acting or gradient steps, see main: may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
     wandb_project: str = "onefile-meta-rl"  # W&B project
     wandb_entity: str = ""  # W&B user or team; empty: your default one
@@ -124,7 +127,7 @@ class Args:
     eval_every: int = 1  # iterations between evaluations on the held-out tasks
     save_every: int = 1  # iterations between checkpoints
     resume: str = ""  # run folder (or checkpoint) to continue, on a CPU bit for bit; flags are remembered
-    evaluate: str = ""  # run folder (or checkpoint) to evaluate on the held-out tasks, then exit
+    evaluate: str = ""  # run folder (or checkpoint) to evaluate, then exit; flags of evaluation may differ
 
     train_tasks: int = 400  # training tasks, drawn once: each has a ring of replay of its own
     episodes_per_task: int = 3  # E, episodes of every training task in an iteration: a round
@@ -134,7 +137,7 @@ class Args:
     batch_size: int = 16  # transitions of each of them in the critics' and the actor's losses
     replay_episodes: int = 1000  # episodes that a task's ring holds
     context: str = "episodes"  # whole episodes as at test, or transitions: as many single ones [D2]
-    context_episodes: int = 3  # context is 1 to this many episodes of a round, at most E
+    context_episodes: int = 3  # context is 1 to so many episodes of a round, at most E (or prior_episodes)
     context_rounds: int = 5  # how many of the last rounds context comes from
     context_stride: int = 1  # the encoder reads every n-th step of an episode, in training as at test
     context_data: str = "all"  # all episodes, or prior: only those played with z from the prior [D3]
@@ -354,7 +357,7 @@ def episode_context(episode, args):
 
 
 def sample_context(replay, tasks, args):
-    """Context for a meta-batch as it will arrive on a new task. tasks: [N]. [T5]
+    """Context for a meta-batch, much as it will arrive on a new task. tasks: [N]. [T5]
 
     Rounds of E episodes lie one after the other in the ring. Draws for each task one of the last
     context_rounds, and for all of them how many of its first episodes are known: 1 to context_episodes.
@@ -385,7 +388,8 @@ def product_of_gaussians(mean, var, weight=None):
     """Posterior of z from one Gaussian factor a transition: precisions add up and weight the means. [Eq 2]
 
     mean, var: [N, C, latent], C transitions of context in each of N tasks; weight: [N, C], 0 leaves a factor
-    out. Returns mean, var: [N, latent]. No context at all, or none of weight: the prior, N(0, 1).
+    out. Returns mean, var: [N, latent]. No context at all, or none of weight: the prior, N(0, 1), which is
+    no factor itself.
     """
     precision = 1 / var.clamp(min=1e-7)  # T3
     if weight is not None:
@@ -475,7 +479,7 @@ def gradient_step(agent, optimizer, batch, context, weight, args):
     descend(optimizer, td_loss + args.kl_coef * kl, inferring)
     grad_norm = flatten([p.grad for p in inferring]).norm()
 
-    pi_loss, logprob = actor_loss(agent.actor, agent.critic, x, alpha)  # T4: z without
+    pi_loss, logprob = actor_loss(agent.actor, agent.critic, x, alpha)  # T4: x holds z.detach()
     descend(optimizer, pi_loss, list(agent.actor.parameters()))
     actor_grad_norm = flatten([p.grad for p in agent.actor.parameters()]).norm()
     if args.autotune:
@@ -549,9 +553,9 @@ def evaluate(agent, env, num_tasks, act_fn, args):
 
 
 def summarize(returns, lengths, success=None):
-    """Held-out results as metrics. All [N, stages]; stage 0 is before any adaptation.
+    """Held-out results as metrics, counted from 0. All [N, stages]; lengths are in steps.
 
-    A stage is an episode of RL^2's trial, or what MAML plays between two gradient steps. lengths: in steps.
+    A stage is an episode, or where an agent learns by gradient steps, what it plays between two of them.
     """
     num_tasks, num_stages = returns.shape
     to_error = max(num_tasks - 1, 1) ** -0.5  # from the deviation in this sample to a standard error
@@ -569,6 +573,8 @@ def summarize(returns, lengths, success=None):
 
 
 # ==================== Run folder, log, checkpoint [shared] ====================
+
+# The same text in every script, and nothing of the algorithm in it.
 
 SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
 MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()
@@ -710,6 +716,7 @@ def check_finite(run, global_step, metrics):
 
 def log(run, global_step, metrics):
     """A row for metrics.jsonl now, and for W&B once a checkpoint covers it: resuming sends none twice."""
+    check_finite(run, global_step, metrics)
     row = {"global_step": global_step, **metrics}
     try:
         run["log"].write(json.dumps(row) + "\n")
@@ -798,9 +805,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
 
     env = make_env(args.env_id, 1 if args.evaluate else args.train_tasks, device, args.seed)
-    num_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
-    require(num_tasks <= held_out, "eval_tasks", num_tasks, f"at most {held_out}, all that are held out")
-    eval_env = make_env(args.env_id, num_tasks, device, seed=0)
+    eval_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
+    require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
+    eval_env = make_env(args.env_id, eval_tasks, device, seed=0)
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
     continuous = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
     require(continuous, "env_id", args.env_id, "a task distribution with continuous actions between bounds")
@@ -809,7 +816,7 @@ def main(argv=None):
     step_fn = torch.compile(gradient_step) if args.compile else gradient_step
     if args.evaluate:
         restore(checkpoint, {"agent": agent})
-        print_report(eval_env, evaluate(agent, eval_env, num_tasks, act_fn, args), num_tasks, "episode")
+        print_report(eval_env, evaluate(agent, eval_env, eval_tasks, act_fn, args), eval_tasks, "episode")
         return
 
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True)
@@ -845,7 +852,7 @@ def main(argv=None):
             metrics |= {"time/gradient_step": (learned - collected) / count}
             check_finite(run, global_step, metrics)
             if iteration % args.eval_every == 0 or global_step >= total:
-                report = evaluate(agent, eval_env, num_tasks, act_fn, args)
+                report = evaluate(agent, eval_env, eval_tasks, act_fn, args)
                 metrics |= {**report, "time/evaluate": clock(device) - learned}
                 first, last = (report[f"eval/return_ep{k}"] for k in (0, args.eval_episodes - 1))
                 bar.set_postfix(held_out=f"{first:.2f} -> {last:.2f}")
@@ -856,8 +863,8 @@ def main(argv=None):
 
     if run["wandb"] is not None:
         run["wandb"].finish()
-    report = report or evaluate(agent, eval_env, num_tasks, act_fn, args)
-    print_report(eval_env, report, num_tasks, "episode")
+    report = report or evaluate(agent, eval_env, eval_tasks, act_fn, args)
+    print_report(eval_env, report, eval_tasks, "episode")
     print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
 
 

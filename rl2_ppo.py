@@ -22,13 +22,13 @@ ALGORITHM
     on a new task: play. Nothing is trained.
     GAE: Schulman et al. 2016, arXiv:1506.02438. PPO: Schulman et al. 2017, arXiv:1707.06347.
 
-DIFFERS FROM THE PAPER
+DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below name)
     D1  PPO instead of TRPO, as in the authors' own launch scripts.
     D2  Actor and critic are two linear heads on one GRU; the paper's baseline is a GRU of its own.
     D3  The critic predicts standardised returns, and its last layer is rescaled as their scale moves (PopArt,
         van Hasselt et al. 2016, arXiv:1602.07714): its loss has one scale, whatever trials sum to.
     D4  gamma = 1 by default, since the plain sum over the trial is the objective. The trial is the horizon:
-        V = 0 after its end, whatever gamma is. The authors' scripts, and our n = 100, have .99.
+        V = 0 after its end, whatever gamma is. The authors' scripts, and all longer runs below, have .99.
     D5  Step size and entropy bonus fall linearly to zero.
     D6  bptt_window, for long trials: gradients stop where a window begins, GAE does not, and the hidden state
         it begins with is the one that was played with, stale from an iteration's second gradient step on.
@@ -42,7 +42,7 @@ TRAPS (each has a test that goes red when the trap is put in)
     T4  A done flag that is never 1, or a first observation never shown: no telling where episodes begin.
     T5  Value targets made of standardised advantages: the critic learns a scale that means nothing.
     T6  Time shuffled, or cut into single steps: one step of backpropagation cannot teach what to remember.
-    T7  "Before" and "after" on different tasks, or on training tasks.
+    T7  First and last episode on different tasks, or on training tasks.
     T8  Episodes that end early end trials at different times: what follows the n-th episode is no data.
 
 RUN
@@ -52,15 +52,15 @@ RUN
     python rl2_ppo.py --episodes-per-trial 100 --num-envs 512 --hidden-size 128 --lr 0.005 --gamma 0.99 \
         --gae-lambda 0.97 --entropy-coef 0.02 --total-timesteps 55000000    # the paper's longer trials
 
-RESULT (held-out tasks; +- a standard error over tasks; minutes of one busy core)
+RESULT (held-out tasks; +- a standard error over tasks; minutes of one busy core, two quiet ones need half)
     Bandit5, n = 10    6.4 M steps, 3 min, 3 seeds: sum 6.634, 6.645, 6.638 +- .023 (pull 1 pays .50, pull 10
                        .74); random 5.0, Bayes-optimal 6.660, the paper 6.7
     Bandit10, n = 10   12 M steps, 8 min, 3 seeds: sum 6.702, 6.695, 6.698 +- .022; Bayes-optimal 6.714
-    GridNavi           14 M steps, 5 min, 3 seeds: 4.0, 10.4, 11.0, 11.0 in episodes 1 to 4; the path to
-                       the known goal 11.07, Bayes-optimal in episode 1 4.0
+    GridNavi           14 M steps, 5 min, 3 seeds: returns 4.0, 10.4, 11.0, 11.0 in episodes 1 to 4; the path
+                       to the known goal 11.07, Bayes-optimal in episode 1 4.0
     Maze               10 M steps, 25 min, 1 seed: 33.7 steps in the first episode, 20.4 in the second
-    Bandit5, n = 100   55 M steps, 36 min, 1 seed: 78.25 +- .16; the best player of known prior 78.6, Gittins
-                       index 78.5 (both +- .15), the paper 78.7
+    Bandit5, n = 100   55 M steps, 36 min, 1 seed: 78.25 +- .16; players that know the prior: the index of
+                       what is left of the trial 78.6, Gittins index 78.5 (both +- .15), the paper 78.7
 """
 
 import contextlib
@@ -81,7 +81,7 @@ from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from tqdm import tqdm
 
-import common
+import common  # task distributions; what one of your own has to offer is said in common/base.py
 
 # ================================ 1. Args ================================
 
@@ -90,9 +90,9 @@ import common
 class Args:
     env_id: str = "Bandit5-v0"  # task distribution: one of common.ids(), or your_module:YourId-v0
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
-    total_timesteps: int = 6_400_000  # environment steps in all, those spent on adapting to a task too
+    total_timesteps: int = 6_400_000  # environment steps in training, of adapting too, of evaluating not
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
-    compile: bool = False  # torch.compile what main passes on as a function: may pay on a GPU
+    compile: bool = False  # torch.compile acting or gradient steps, see main: may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
     wandb_project: str = "onefile-meta-rl"  # W&B project
     wandb_entity: str = ""  # W&B user or team; empty: your default one
@@ -100,7 +100,7 @@ class Args:
     eval_every: int = 20  # iterations between evaluations on the held-out tasks
     save_every: int = 20  # iterations between checkpoints
     resume: str = ""  # run folder (or checkpoint) to continue, on a CPU bit for bit; flags are remembered
-    evaluate: str = ""  # run folder (or checkpoint) to evaluate on the held-out tasks, then exit
+    evaluate: str = ""  # run folder (or checkpoint) to evaluate, then exit; flags of evaluation may differ
 
     num_envs: int = 2048  # trials played side by side, each of its own task; an iteration is one in each
     episodes_per_trial: int = 10  # n, the episodes of one task that share a hidden state
@@ -110,12 +110,12 @@ class Args:
     gae_lambda: float = 1.0  # GAE: 1 uses whole sampled returns, less leans on the critic
     clip: float = 0.2  # PPO cuts the ratio of new to old probability to 1 +- this
     epochs: int = 4  # passes over each batch of trials
-    minibatches: int = 4  # gradient steps a pass, each on whole trials (or windows of them)
+    minibatches: int = 4  # gradient steps a pass, each on its share of whole trials (or windows of them)
     entropy_coef: float = 0.003  # bonus for random actions, falling linearly to zero
     value_coef: float = 0.5  # weight of the critic's loss beside the policy's
     max_grad_norm: float = 1.0  # longer gradients are shortened to this length
-    bptt_window: int = 0  # backpropagate through this many steps at most [D6]; 0: the whole trial
-    eval_tasks: int = 0  # held-out tasks to evaluate on; 0: all there are, at most 10,000
+    bptt_window: int = 0  # backpropagate through so many steps, a divisor of a trial's [D6, T6]; 0: all
+    eval_tasks: int = 0  # held-out tasks, a trial on each; 0: all there are, at most 10,000
 
 
 # ============================== 2. Networks ==============================
@@ -162,7 +162,7 @@ class RecurrentActorCritic(nn.Module):
         return torch.zeros(1, batch, self.gru.hidden_size, device=self.return_mean.device)
 
     def encode(self, action):
-        """What the next input tells of an action: [B] -> one-hot [B, act]; [B, act] as it is."""
+        """What the next input tells of an action: [B] -> one-hot [B, act]; [B, act] as it was drawn."""
         return F.one_hot(action, self.action_dim).float() if self.discrete else action
 
     def to_env(self, action):
@@ -190,7 +190,7 @@ def rollout(agent, env, tasks, num_episodes, window, seed=None):
     episode = torch.zeros(env.num_envs, dtype=torch.int64, device=obs.device)
     steps, window_hidden = [], []
     trial_steps = num_episodes * env.horizon
-    at_once = 1 if obs.device.type == "cpu" else 10  # a GPU has to be waited for
+    at_once = 1 if obs.device.type == "cpu" else 10  # looking means waiting for a GPU
     look_every = at_once if window == trial_steps else window
     for step in range(trial_steps):
         if env.terminates and step % look_every == 0 and bool((episode >= num_episodes).all()):
@@ -198,6 +198,7 @@ def rollout(agent, env, tasks, num_episodes, window, seed=None):
         if step % window == 0:
             window_hidden.append(hidden[0])  # [B, H]
         # T4: where an episode has ended, obs is the next one's first observation and last_done is 1. [Fig 1]
+        # obs and reward go in as they are: in an environment of your own keep them within a few units.
         x = torch.cat([obs, last_action, last_reward[:, None], last_done[:, None]], 1)  # [B, obs + act + 2]
         policy, value, hidden = agent(x[None], hidden)  # T1: hidden runs on where an episode ends
         action = policy.sample()  # [1, B] or [1, B, act]
@@ -264,8 +265,9 @@ def make_sequences(trials, window, args):
 
 
 def ppo_policy_loss(logprob, old_logprob, advantage, valid, clip):
-    """The clipped surrogate as a loss [D1, PPO Eq 7]. All [T, B]. Returns it and the fraction clipped."""
-    ratio = (logprob - old_logprob).exp()  # 1 but for rounding at the first gradient step of an iteration
+    """The clipped surrogate as a loss [D1, PPO Eq 7]. All [T, B]. Returns it and the share beyond clip."""
+    # 1 but for rounding at the first gradient step of an iteration; in padding always, where it may overflow
+    ratio = ((logprob - old_logprob) * valid).exp()
     gain = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     clipped = ((ratio - 1).abs() > clip).float()
     return -masked_mean(gain, valid), masked_mean(clipped, valid)
@@ -310,7 +312,7 @@ def update(agent, optimizer, data, hidden, entropy_coef, args):
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
-    logratio = logprob.detach() - data["logprob"]
+    logratio = (logprob.detach() - data["logprob"]) * valid
     kl = masked_mean(logratio.exp() - 1 - logratio, valid)  # KL(pi_old || pi), an estimator of low variance
     metrics = {"losses/policy": pg_loss, "losses/value": v_loss, "debug/entropy": entropy, "debug/kl": kl}
     metrics |= {"debug/clipfrac": clipfrac, "debug/grad_norm": grad_norm}
@@ -366,7 +368,7 @@ def evaluate(agent, env, num_episodes):
     """
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
-        tasks = env.sample_tasks(env.num_envs, split="test")
+        tasks = env.sample_tasks(env.num_envs, split="test")  # a list of their own, the same at every call
         returns, lengths, success = adapt(agent, env, tasks, num_episodes, seed=EVAL_SEED)
     metrics, total = summarize(returns, lengths, success if env.has_success else None), returns.sum(1)
     metrics["eval/return_trial"] = float(total.mean())
@@ -375,9 +377,9 @@ def evaluate(agent, env, num_episodes):
 
 
 def summarize(returns, lengths, success=None):
-    """Held-out results as metrics. All [N, stages]; stage 0 is before any adaptation.
+    """Held-out results as metrics, counted from 0. All [N, stages]; lengths are in steps.
 
-    A stage is an episode of RL^2's trial, or what MAML plays between two gradient steps. lengths: in steps.
+    A stage is an episode, or where an agent learns by gradient steps, what it plays between two of them.
     """
     num_tasks, num_stages = returns.shape
     to_error = max(num_tasks - 1, 1) ** -0.5  # from the deviation in this sample to a standard error
@@ -395,6 +397,8 @@ def summarize(returns, lengths, success=None):
 
 
 # ==================== Run folder, log, checkpoint [shared] ====================
+
+# The same text in every script, and nothing of the algorithm in it.
 
 SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
 MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()
@@ -536,6 +540,7 @@ def check_finite(run, global_step, metrics):
 
 def log(run, global_step, metrics):
     """A row for metrics.jsonl now, and for W&B once a checkpoint covers it: resuming sends none twice."""
+    check_finite(run, global_step, metrics)
     row = {"global_step": global_step, **metrics}
     try:
         run["log"].write(json.dumps(row) + "\n")
@@ -611,9 +616,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
 
     env = make_env(args.env_id, 1 if args.evaluate else args.num_envs, device, args.seed)
-    num_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
-    require(num_tasks <= held_out, "eval_tasks", num_tasks, f"at most {held_out}, all that are held out")
-    eval_env = make_env(args.env_id, num_tasks, device, seed=0)
+    eval_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
+    require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
+    eval_env = make_env(args.env_id, eval_tasks, device, seed=0)
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
     agent = RecurrentActorCritic(obs_dim, action_space, args.hidden_size).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)
@@ -622,7 +627,7 @@ def main(argv=None):
     if args.evaluate:
         restore(checkpoint, {"agent": agent})
         report = evaluate(agent, eval_env, args.episodes_per_trial)
-        print_report(eval_env, report, num_tasks, "episode")
+        print_report(eval_env, report, eval_tasks, "episode")
         return
 
     trial_steps = args.episodes_per_trial * env.horizon
@@ -652,6 +657,7 @@ def main(argv=None):
             learned = clock(device)
 
             steps = int(trials["valid"].sum(dtype=torch.int64))  # padding is not experience
+            metrics["charts/return"] = float((trials["reward"] * trials["valid"]).sum(0).mean())
             iteration, global_step = iteration + 1, global_step + steps
             metrics |= {"charts/iteration": iteration, "charts/SPS": steps / (learned - start)}
             metrics |= {"time/rollout": collected - start, "time/update": learned - collected}
@@ -668,7 +674,7 @@ def main(argv=None):
     if run["wandb"] is not None:
         run["wandb"].finish()
     report = report or evaluate(agent, eval_env, args.episodes_per_trial)
-    print_report(eval_env, report, num_tasks, "episode")
+    print_report(eval_env, report, eval_tasks, "episode")
     print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
 
 

@@ -7,7 +7,7 @@ In the README a table stands between <!-- table NAME --> and <!-- end -->. Its t
 where every number that a run measured is a field. {entry.key} is results/entry.csv's column eval/key as
 mean +- half a 95 % interval, over seeds (Student's t), or over held-out tasks where there is one seed;
 {entry.key:.2f} the mean alone, {entry.key[1]:.2f} the second seed's. {entry.runs}: seeds, and minutes a run.
-{compare_TASK}: a whole comparison.
+{compare_TASK}: a whole comparison. {speed.figure:,.0f}: a figure of results/throughput.csv.
 """
 
 import argparse
@@ -71,11 +71,25 @@ class Entry:
         return Measured(values, [float(row.get(f"eval/{error}", 0)) for row in self.rows])
 
 
+class Speed:
+    """results/throughput.csv, by attribute."""
+
+    def __init__(self):
+        with open(RESULTS / "throughput.csv") as file:
+            self.values = {row["figure"]: float(row["value"]) for row in csv.DictReader(file)}
+
+    def __getattr__(self, figure):
+        return Measured([self.values[figure]], [0.0])
+
+
 class Entries(dict):
-    """Field names -> entries, read when first asked for."""
+    """Field names -> what they stand for, read when first asked for."""
 
     def __missing__(self, name):
-        self[name] = comparison(name[8:]) if name.startswith("compare_") else Entry(name)
+        if name.startswith("compare_"):
+            self[name] = comparison(name.removeprefix("compare_"))
+        else:
+            self[name] = Speed() if name == "speed" else Entry(name)
         return self[name]
 
 

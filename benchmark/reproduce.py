@@ -364,8 +364,8 @@ def run_seed(name, seed, run_dir, threads):
     flags = flags.split()
     if found:  # an entry that has been made longer or shorter is trained up to its own length
         command += ["--resume", str(found[-1].parent)]
-        if "--total-timesteps" in flags:
-            command += flags[(at := flags.index("--total-timesteps")) : at + 2]
+        if "--total-timesteps" in flags:  # of a flag that is there twice the last counts
+            command += ["--total-timesteps", flags[-flags[::-1].index("--total-timesteps")]]
     else:
         command += [*flags, "--seed", str(seed), "--run-dir", str(parent)]
     parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,16 @@
 """How fast the scripts are, where the time goes, and how far that is from the raw limit, measured in one run.
 
     python -m benchmark.throughput [envs] [physics] [rl2] [maml] [pearl] [mtl] [metaworld]
-                                   [--device cpu|cuda] [--threads N]
+                                   [darc] [epopt] [--device cpu|cuda] [--threads N] [--write]
 
-Every figure is a median over repetitions after a burn-in. Peers' figures were measured by us on another
-machine of two cores, so a ratio to them says an order of magnitude; ratios inside a run are good to a few %.
+--write puts the figures into results/throughput.csv, from which benchmark.report fills the README's tables of
+speed; do that with nothing else running. Every figure is a median over repetitions after a burn-in. Peers'
+figures were measured by us on another machine of two cores, so a ratio to them says an order of magnitude;
+ratios inside a run are good to a few %.
 """
 
 import argparse
+import csv
 import dataclasses
 import platform
 import statistics
@@ -24,12 +27,21 @@ import mtl_contextual
 import pearl_sac
 import rl2_ppo
 from benchmark.baselines import ids_of
+from benchmark.reproduce import RESULTS, git_commit
 
 MUJOCO = ("common.locomotion", "common.reacher", "common.mujoco_ensembles")
 VARIBAD_GRIDNAVI_SPS = 763  # env steps/s of varibad's RL^2 on GridNavi, end to end, two cores without a GPU
 OYSTER_STEPS = {(8, 64): 23, (16, 256): 4.2}  # gradient steps/s of oyster, meta-batch x batch, two threads
 OYSTER_SPS = 4600  # its env steps/s in collecting
 MAML_RL_SECONDS = {"PointGoal-v0": 4.46, "HalfCheetahDir-v0": 32.5}  # a meta-iteration of pytorch-maml-rl
+
+
+FIGURES = {}  # name -> value, what --write writes
+
+
+def note(subject, **figures):
+    """Keep figures under the names subject_figure."""
+    FIGURES.update({f"{subject}_{name}": value for name, value in figures.items()})
 
 
 def microseconds(step, device):
@@ -66,6 +78,11 @@ def bare_steps(count, device):
     return {"Bandit5-v0": bandit, "TabularMDP-v0": tabular_mdp, "PointGoal-v0": point_goal}
 
 
+def plain_id(env_id):
+    """PointGoal-v0 -> PointGoal, for a figure's name."""
+    return env_id.split("-")[0]
+
+
 def median_seconds(function, device, repeats, burn_in=2):
     """Median seconds of one call, all device work included."""
     for _ in range(burn_in):
@@ -100,6 +117,8 @@ def env_steps(device, counts=(64, 1024, 16384)):
         if env_id in bare:
             raw = microseconds(bare[env_id], device)
             ratio = f"   {cells[counts.index(1024)] / raw:.1f} times {raw:.0f}"
+            note(f"env_{plain_id(env_id)}", ratio=cells[counts.index(1024)] / raw)
+        note(f"env_{plain_id(env_id)}", microseconds=cells[counts.index(1024)])
         print(f"{env_id:>22}" + "".join(f"{cell:10.0f}" for cell in cells) + ratio)
 
 
@@ -128,6 +147,7 @@ def physics(device, repeats=7):
                     seconds[what].append(rl2_ppo.clock(torch.device(device)) - start)
             step, bare = (statistics.median(seconds[what][2:]) for what in ("step", "bare"))
             print(f"{env_id:>22}{count:8d}{count / step:14,.0f}{bare / step:10.0%}")
+            note(f"physics_{plain_id(env_id)}_{count}", sps=count / step, share=bare / step)
 
 
 def epopt_step(device, env_id="HalfCheetahEnsemble-v0", repeats=3, **flags):
@@ -146,6 +166,8 @@ def epopt_step(device, env_id="HalfCheetahEnsemble-v0", repeats=3, **flags):
     playing, learning, sps = (statistics.median(column) for column in zip(*rows[1:], strict=True))
     print(f"\nepopt.py on {env_id}, {args.num_models} models, epsilon {args.epsilon:g}, {device}")
     print(f"  seconds: play {playing:.2f}, update {learning:.2f}; {sps:,.0f} env steps/s")
+    name = f"epopt_{plain_id(env_id)}" + ("" if args.epsilon < 1 else "_randomised")
+    note(name, play=playing, update=learning, sps=sps)
 
 
 def maml(device, env_id, repeats=5, **flags):
@@ -172,11 +194,15 @@ def maml(device, env_id, repeats=5, **flags):
     print(f"\nmaml_trpo.py on {env_id}: {args.num_tasks} tasks x {args.episodes_per_task} episodes, {device}")
     print("  seconds: " + ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items()))
     print(f"  {total:.2f} s a meta-iteration, {steps / total:,.0f} env steps/s; {steps} of them")
+    name = f"maml_{plain_id(env_id)}" + ("" if args.tasks_at_once else "_all")
+    played, learned = seconds.values()
+    note(name, play=played, update=learned, seconds=total, sps=steps / total)
     peer = MAML_RL_SECONDS[env_id]
     print(f"  pytorch-maml-rl, measured by us on another two cores: {peer} s, {peer / total:.1f} times that")
     if device.type == "cpu":
         products, whole = seconds_of_products(lambda: maml_trpo.update(policy, inner, outer, args))
         print(f"  matrix products are {products / whole:.0%} of the update")
+        note(name, products=products / whole)
 
 
 def seconds_of_products(function):
@@ -219,7 +245,9 @@ def pearl(device, repeats=5, count=20, compiled=False, **flags):
     if device.type == "cpu":
         products = statistics.median(seconds_of_products(learn)[0] / count for _ in range(repeats))
         share = f"; the matrix products alone would take {products / learning:.0%} of that time"
+        note(f"pearl_{size[0]}x{size[1]}", products=products / learning)
     print(f"  {1 / learning:.1f} gradient steps/s{share if device.type == 'cpu' else ''}")
+    note(f"pearl_{size[0]}x{size[1]}" + "_compiled" * compiled, updates=1 / learning, collect=sps)
     if size in OYSTER_STEPS:
         print(f"  oyster, measured by us on another two cores: {OYSTER_STEPS[size]} a second")
     print(f"  collecting: {sps:,.0f} env steps/s, {sps / OYSTER_SPS:.0f} times oyster's")
@@ -258,6 +286,8 @@ def mtl(device, repeats=5, count=20, compiled=False, **flags):
     shape = f"{args.num_tasks} tasks x {args.batch_size}, {args.hidden_layers} x {args.hidden_size}"
     print(f"\nmtl_contextual.py on {args.env_id}: {shape}, {device}{', compiled' * compiled}")
     print(f"  {1 / learning:.1f} gradient steps/s, hindsight takes {share:.1%} of that time")
+    name = f"mtl_{args.num_tasks}x{args.batch_size}" + "_compiled" * compiled
+    note(name, updates=1 / learning, hindsight=share)
 
 
 def darc(device, repeats=5, count=100, compiled=False, **changes):
@@ -291,6 +321,8 @@ def darc(device, repeats=5, count=100, compiled=False, **changes):
     total = learning + playing
     print(f"  {1 / total:.1f} iterations/s, of which playing {playing / total:.1%}")
     print(f"  the matrix products alone: {1 / raw:.0f}/s, {raw / total:.0%} of that time")
+    name = f"darc_{args.method}" + "_compiled" * compiled
+    note(name, iterations=1 / total, playing=playing / total, products=raw / total)
 
 
 def products_seconds(obs_dim, action_dim, args, device):
@@ -338,6 +370,7 @@ def metaworld(steps=300, repeats=3):
     ratio = speed["ours"] / speed["Meta-World's own"]
     print("\nMT10, env steps/s: " + ", ".join(f"{name} {value:,.0f}" for name, value in speed.items()))
     print(f"  {ratio:.0%}")
+    note("metaworld", sps=speed["ours"], share=ratio)
 
 
 def gru_seconds(args, inputs, steps, device, repeats):
@@ -392,6 +425,8 @@ def rl2(device, env_id, repeats=7, compiled=False, **flags):
     print(f"\nrl2_ppo.py on {env_id}: {shape}, GRU {args.hidden_size}, {where}")
     print("  seconds: " + ", ".join(f"{stage} {value:.3f}" for stage, value in seconds.items()))
     print(f"  {sps:,.0f} env steps/s; the GRU passes alone would take {raw / total:.0%} of that time")
+    name = f"rl2_{plain_id(env_id)}" + "_compiled" * compiled
+    note(name, sps=sps, gru=raw / total, **seconds)
     return sps
 
 
@@ -402,6 +437,7 @@ def main():
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's own choice")
+    parser.add_argument("--write", action="store_true", help="write results/throughput.csv")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -453,6 +489,24 @@ def main():
             for count in (1024, 8192, 65536):
                 for compiled in (False, True):
                     rl2("cuda", "GridNavi-v0", compiled=compiled, **{**GRIDNAVI, "num_envs": count})
+    if options.write:
+        write(f"{name}, {platform.machine()}")
+
+
+def write(machine):
+    """Write FIGURES into results/throughput.csv, over the figures of the same name that are there."""
+    file, rows = RESULTS / "throughput.csv", {}
+    if file.exists():
+        with open(file) as old:
+            rows = {row["figure"]: row for row in csv.DictReader(old)}
+    origin = {"device": machine, "commit": git_commit(), "date": time.strftime("%Y-%m-%d")}
+    for figure, value in FIGURES.items():
+        rows[figure] = {"figure": figure, "value": f"{value:.4g}", **origin, "torch": torch.__version__}
+    with open(file, "w", newline="") as new:
+        writer = csv.DictWriter(new, next(iter(rows.values())))
+        writer.writeheader()
+        writer.writerows(rows.values())
+    print(f"\nwrote {file}")
 
 
 GRIDNAVI = {"episodes_per_trial": 4, "num_envs": 1024, "epochs": 2, "minibatches": 4}  # the README's run

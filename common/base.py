@@ -10,6 +10,11 @@ MDP. So tasks are stored, sorted, held out, told to an oracle or repeated over a
     obs, reward, terminated, truncated, info = env.step(action)
 
 All tensors live on `device`: obs float32 [B, obs], reward float32 [B], terminated and truncated bool [B].
+
+One of your own: subclass TaskVectorEnv and fill in four hooks, or let common.register (adapter.py) make one
+of a Gymnasium environment in which something can be set; --env-id your_module:YourId-v0 imports your_module
+first. The scripts use what TaskVectorEnv has, and nothing else: its attributes and their defaults are below.
+Observations have one axis, and final_obs is in info at every step.
 """
 
 import os

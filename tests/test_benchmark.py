@@ -59,7 +59,7 @@ def test_reproduce_trains_every_seed_and_writes_its_last_evaluation(
 
 def test_an_entry_that_was_made_longer_is_trained_on(tiny_entry, tmp_path, monkeypatch):
     run_reproduce(monkeypatch, "tiny", "--run-dir", tiny_entry)
-    longer = TINY.replace("--total-timesteps 48", "--total-timesteps 96")
+    longer = f"{TINY} --total-timesteps 96"  # the last of a flag counts
     monkeypatch.setitem(reproduce.ENTRIES, "tiny", ("rl2_ppo.py", longer, (1,), 1, "none"))
     run_reproduce(monkeypatch, "tiny", "--run-dir", tiny_entry)
     assert [row["global_step"] for row in read_csv(tmp_path)] == ["96"]

@@ -370,7 +370,8 @@ def test_adapting_corrects_the_reward_or_weighs_or_does_neither():
         assert all(torch.equal(batch[name], own[name]) for name in (*names, "terminated"))
         corrected = method == "darc" and correcting
         assert torch.equal(batch["reward"], own["reward"] + delta if corrected else own["reward"])
-        assert torch.equal(batch["correction"], delta if corrected else torch.zeros(N, M))
+        known = method in darc.CLASSIFYING and correcting
+        assert torch.equal(batch["correction"], delta if known else torch.zeros(N, M))
         weighed = method == "importance_weighting" and correcting
         close(batch["weight"], delta.exp().clamp(max=darc.MAX_WEIGHT) if weighed else torch.ones(N, M), 1e-6)
 
@@ -383,6 +384,20 @@ def test_the_targets_transitions_may_enter_sac_as_they_are():
     assert batch["obs"].shape == (2 * N, M, 2)
     assert torch.equal(batch["reward"][N:], target["reward"]) and (batch["correction"][N:] == 0).all()
     assert not torch.equal(batch["reward"][:N], source["reward"])
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"target_in_sac": True}, {"method": "importance_weighting"}], ids=str
+)
+def test_the_correction_that_is_logged_is_that_of_the_sources_steps(changes):
+    source, target = make_batch(0), make_batch(1)
+    args = small_args(darc, **changes)
+    agent = make_agent(darc, args)
+    still = torch.optim.SGD(agent.parameters(), lr=0.0)
+    metrics = darc.darc_step(agent, still, source, target, True, args)
+    names = ("obs", "action", "next_obs")
+    delta = darc.reward_correction(agent.classifiers, *(source[name] for name in names))
+    close(metrics["debug/correction"], delta.mean(), 1e-6)
 
 
 def stepped(module, correcting=True, seed=0, **changes):

@@ -698,11 +698,11 @@ def test_a_dense_reward_is_trained_on_unless_hindsight_makes_rewards():
         ("--heads", "--heads True: expected --context onehot"),
         (
             "--env-id HalfCheetahVel-v0 --context goal --her future",
-            "--context goal: expected a task .*with goals",
+            "--context goal: expected a task .*whose task rows are goals",
         ),
         (
             "--env-id ClassicControl-v0 --context goal",
-            "--context goal: expected .*ClassicControl-v0 has none",
+            "--context goal: expected .*those of ClassicControl-v0 are not",
         ),
         ("--context goal --her future --batch-size 2", "--batch-size 2: expected more"),
         (

@@ -581,7 +581,25 @@ def test_what_stands_in_the_padding_moves_nothing():
 
 
 def test_padding_goes_red_when_a_loss_forgets_the_mask():  # T8
-    red(check_padding_moves_nothing, "-masked_mean(gain, valid)", "-gain.mean()")
+    forgotten = ("(logprob - old_logprob) * valid", "logprob - old_logprob")
+    red(check_padding_moves_nothing, "-masked_mean(gain, valid)", "-gain.mean()", *forgotten)
+
+
+def check_padding_overflows_nothing(module):
+    """A policy as narrow as it may become finds what stands in the padding impossible."""
+    logprob, valid = torch.zeros(3, 2, requires_grad=True), torch.tensor([[1.0, 1], [1, 0], [0, 0]])
+    old_logprob = -1000.0 * (1 - valid)
+    loss, _ = module.ppo_policy_loss(logprob, old_logprob, torch.ones(3, 2), valid, 0.2)
+    (gradient,) = torch.autograd.grad(loss, logprob)
+    assert loss.isfinite() and torch.equal(gradient, -valid / 3)
+
+
+def test_what_stands_in_the_padding_overflows_nothing():
+    check_padding_overflows_nothing(rl2)
+
+
+def test_overflow_goes_red_when_the_ratio_forgets_the_mask():  # T8
+    red(check_padding_overflows_nothing, "(logprob - old_logprob) * valid", "logprob - old_logprob")
 
 
 def test_padding_goes_red_when_the_advantages_are_standardised_with_it():  # T8
