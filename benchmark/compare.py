@@ -188,7 +188,7 @@ def draw(task, run_dir, out):
     left.set(xscale="log", xlabel="environment steps of training", ylabel="held-out return")
     left.set_title(f"after adaptation: episode {STAGES}, MAML {STAGES - 1} gradient steps", fontsize=9)
     right.set_xscale("symlog", linthresh=20)
-    right.set(xlabel="environment steps spent on the new task")
+    right.set(xlabel="environment steps spent on the new task", xlim=(-4, None))
     right.set_title("interquartile mean at the end", fontsize=9)
     handles = {
         label: handle

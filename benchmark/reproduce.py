@@ -119,6 +119,22 @@ PEARL_PLANE = (
 )
 PEARL_ARC = f"{PEARL_SPARSE.format(0.003, BUDGET)} --replay-episodes 500 --eval-tasks 100 --save-every 10"
 TOLD_PLANE = "--updates-per-step 0.003 --eval-every 5 --save-every 20"
+RUNNING = "--env-id HalfCheetahVel-v0 --total-timesteps 10000000 --eval-tasks 100"
+RL2_RUNNING = (
+    "--episodes-per-trial 2 --num-envs 64 --hidden-size 128 --lr 0.001 --gamma 0.99 --gae-lambda 0.95"
+    " --entropy-coef 0 --eval-every 20 --save-every 20"
+)
+MAML_RUNNING = (
+    "--inner-lr 1 --max-kl 0.03 --gae-lambda 0.95 --fisher-fraction 0.25 --eval-episodes 20 --eval-every 10"
+)
+PEARL_RUNNING = (
+    "--train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5 --context-stride 10 --kl-coef 0.01"
+    " --updates-per-step 0.006 --replay-episodes 300 --gamma 0.99 --tau 0.005 --save-every 5"
+)
+TOLD_RUNNING = (
+    "--train-tasks 50 --num-tasks 32 --batch-size 8 --hidden-size 256 --gamma 0.99 --lr 0.001 --tau 0.005"
+    " --updates-per-step 0.006 --replay-episodes 200 --eval-every 10 --save-every 10"
+)
 FAST = "--lr 0.001"
 AS_MUCH_TARGET = f"{FAST} --method target --total-timesteps 5500 --updates-per-step 2"  # as gradient steps
 
@@ -350,6 +366,29 @@ ENTRIES = {
         (1, 2, 3),
         7,
         "the best single place",
+    ),
+    "compare_cheetah_vel_rl2": ("rl2_ppo.py", f"{RUNNING} {RL2_RUNNING}", (1,), 30, "VariBAD's RL^2"),
+    "compare_cheetah_vel_maml": (
+        "maml_trpo.py",
+        f"{RUNNING} {MAML_RUNNING}",
+        (1,),
+        15,
+        "standing still -282",
+    ),
+    "compare_cheetah_vel_pearl": ("pearl_sac.py", f"{RUNNING} {PEARL_RUNNING}", (1,), 40, "PEARL -40 to -50"),
+    "compare_cheetah_vel_told": (
+        "mtl_contextual.py",
+        f"{RUNNING} {TOLD_RUNNING}",
+        (1,),
+        25,
+        "the upper bound",
+    ),
+    "compare_cheetah_vel_nothing": (
+        "mtl_contextual.py",
+        f"{RUNNING} {TOLD_RUNNING} --context none",
+        (1,),
+        25,
+        "the lower bound",
     ),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),
 }
