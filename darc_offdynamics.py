@@ -163,7 +163,7 @@ class Args:
     alpha: float = 0.1  # entropy temperature; with autotune the first one
     deterministic_eval: bool = True  # at evaluation act by the policy's mean
     eval_episodes: int = 1  # episodes from each frozen start
-    eval_tasks: int = 0  # frozen starts in each domain; 0: as many as there are held-out tasks
+    eval_tasks: int = 0  # frozen starts in each domain; 0: as many as the target has, at most 1,000
 
 
 CLASSIFYING = ("darc", "importance_weighting")  # the methods that compare the two domains
