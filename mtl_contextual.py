@@ -936,6 +936,7 @@ def main(argv=None):
     contexts = adapt(agent.tasks, agent.tasks, args.context)
     scales = task_scales(env, agent.tasks, args)
     run = start_run(args, checkpoint)
+    del checkpoint  # all of it is in place
     save_checkpoint(run, args, modules, iteration, global_step)  # a run can be resumed from its first second
     report, total = {}, args.total_timesteps
 

@@ -829,6 +829,7 @@ def main(argv=None):
         restore(checkpoint, modules)
         iteration, global_step = checkpoint["iteration"], checkpoint["global_step"]
     run = start_run(args, checkpoint)
+    del checkpoint  # all of it is in place
     save_checkpoint(run, args, modules, iteration, global_step)  # a run can be resumed from its first second
     report, total = {}, args.total_timesteps
 
