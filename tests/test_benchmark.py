@@ -12,7 +12,7 @@ import epopt
 import maml_trpo
 import mtl_contextual
 import pearl_sac
-from benchmark import ensembles, mazes, plot, posteriors, reproduce, throughput, trajectories, walls
+from benchmark import ensembles, mazes, plot, posteriors, report, reproduce, throughput, trajectories, walls
 
 TINY = (
     "--num-envs 8 --episodes-per-trial 3 --hidden-size 8 --total-timesteps 48 --eval-every 1 --eval-tasks 16"
@@ -182,6 +182,31 @@ def test_the_bare_dynamics_are_those_of_the_environments():
     assert reward.var().item() == pytest.approx(2.0, abs=0.3)  # of the means and of the noise
     position, reward, near = bare["PointGoal-v0"]()
     assert position.shape == (4096, 2) and reward.max() <= 0 and near.dtype == torch.bool
+
+
+def test_figures_of_speed_are_written_over_old_ones_and_read_by_the_report(tmp_path, monkeypatch):
+    for module in (throughput, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(throughput, "FIGURES", {})
+    throughput.note("pearl_8x64", updates=12.34567, products=0.5)
+    throughput.write("a device")
+    monkeypatch.setattr(throughput, "FIGURES", {})
+    throughput.note("pearl_8x64", updates=20.0)  # another run, of this part alone
+    throughput.write("another device")
+    speed = report.Speed()
+    assert f"{speed.pearl_8x64_updates:.1f} {speed.pearl_8x64_products:.0%}" == "20.0 50%"
+    rows = list(csv.DictReader((tmp_path / "throughput.csv").read_text().splitlines()))
+    assert [row["device"] for row in rows] == ["another device", "a device"]
+    assert throughput.plain_id("PointGoal-v0") == "PointGoal"
+
+
+def test_a_figure_of_speed_is_what_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "FIGURES", {})
+    flags = {"train_tasks": 4, "num_tasks": 2, "batch_size": 4, "hidden_size": 8, "replay_episodes": 12}
+    throughput.mtl("cpu", repeats=1, count=2, **flags)
+    printed = capsys.readouterr().out
+    assert f"{throughput.FIGURES['mtl_2x4_updates']:.1f} gradient steps/s" in printed
+    assert throughput.FIGURES.keys() == {"mtl_2x4_updates", "mtl_2x4_hindsight"}
 
 
 # ---- MAML's pictures
