@@ -121,8 +121,8 @@ PEARL_ARC = f"{PEARL_SPARSE.format(0.003, BUDGET)} --replay-episodes 500 --eval-
 TOLD_PLANE = "--updates-per-step 0.003 --eval-every 5 --save-every 20"
 RUNNING = "--env-id HalfCheetahVel-v0 --total-timesteps 10000000 --eval-tasks 100"
 RL2_RUNNING = (
-    "--episodes-per-trial 2 --num-envs 64 --hidden-size 128 --lr 0.001 --gamma 0.99 --gae-lambda 0.95"
-    " --entropy-coef 0 --eval-every 20 --save-every 20"
+    "--episodes-per-trial 2 --num-envs 64 --hidden-size 128 --lr 0.003 --gamma 0.97 --gae-lambda 0.9"
+    " --entropy-coef 0 --eval-every 10"
 )
 MAML_RUNNING = (
     "--inner-lr 1 --max-kl 0.03 --gae-lambda 0.95 --fisher-fraction 0.25 --eval-episodes 20 --eval-every 10"
