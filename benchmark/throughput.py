@@ -12,9 +12,12 @@ ratios inside a run are good to a few %.
 import argparse
 import csv
 import dataclasses
+import os
 import platform
 import statistics
 import time
+
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the scripts have it, before PyTorch is loaded
 
 import gymnasium as gym
 import torch

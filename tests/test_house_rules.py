@@ -100,6 +100,14 @@ def test_the_banner_check_can_fail():
 
 
 @each_script
+def test_idle_threads_of_pytorch_are_told_to_sleep_before_it_is_loaded(file):
+    before_torch = SOURCES[file].split("\nimport torch\n")[0].splitlines()
+    assert (
+        sum(line.startswith('os.environ.setdefault("GOMP_SPINCOUNT", "3000")') for line in before_torch) == 1
+    )
+
+
+@each_script
 def test_the_docstring_has_its_parts(file):
     docstring = ast.get_docstring(ast.parse(SOURCES[file]), clean=False)
     parts = ["THE IDEA", "ALGORITHM", "DIFFERS FROM THE PAPER", "TRAPS", "RUN", "RESULT"]
