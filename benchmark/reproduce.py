@@ -127,14 +127,12 @@ RL2_RUNNING = (
 MAML_RUNNING = (
     "--inner-lr 1 --max-kl 0.03 --gae-lambda 0.95 --fisher-fraction 0.25 --eval-episodes 20 --eval-every 10"
 )
-PEARL_RUNNING = (
-    "--train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5 --context-stride 10 --kl-coef 0.01"
-    " --updates-per-step 0.006 --replay-episodes 300 --gamma 0.99 --tau 0.005 --save-every 5"
+SAC_RUNNING = (
+    "--train-tasks 100 --num-tasks 16 --batch-size 64 --updates-per-step 0.006 --replay-episodes 300"
+    " --gamma 0.99 --tau 0.005 --lr 0.001"
 )
-TOLD_RUNNING = (
-    "--train-tasks 50 --num-tasks 32 --batch-size 8 --hidden-size 256 --gamma 0.99 --lr 0.001 --tau 0.005"
-    " --updates-per-step 0.006 --replay-episodes 200 --eval-every 10 --save-every 10"
-)
+PEARL_RUNNING = f"{SAC_RUNNING} --latent-size 5 --context-stride 10 --kl-coef 0.01 --save-every 5"
+TOLD_RUNNING = f"{SAC_RUNNING} --eval-every 10 --save-every 10"  # PEARL's actor-critic, told its task
 FAST = "--lr 0.001"
 AS_MUCH_TARGET = f"{FAST} --method target --total-timesteps 5500 --updates-per-step 2"  # as gradient steps
 
