@@ -132,8 +132,7 @@ PEARL_RUNNING = (
     " --updates-per-step 0.006 --replay-episodes 300 --gamma 0.99 --tau 0.005 --save-every 5"
 )
 TOLD_RUNNING = TOLD_CHEETAH.format("Vel", 50, 32, 8, 200, 600_000, 100)  # a bound: few steps are enough
-FAST = "--lr 0.001"
-AS_MUCH_TARGET = f"{FAST} --method target --total-timesteps 5500 --updates-per-step 2"  # as gradient steps
+AS_MUCH_TARGET = "--method target --total-timesteps 5500 --updates-per-step 2"  # as gradient steps
 
 # name: (script, flags, seeds, minutes a run on one core, reference)
 ENTRIES = {
@@ -256,16 +255,10 @@ ENTRIES = {
         "multi-task SAC about .75 at 20 M steps",
     ),
     "darc_pointwall": ("darc_offdynamics.py", "", (1, 2, 3), 3, "success .9, around the wall -9.39"),
-    "darc_pointwall_source": (
-        "darc_offdynamics.py",
-        f"{FAST} --method source",
-        (1, 2, 3),
-        2,
-        "success .3 at most",
-    ),
+    "darc_pointwall_source": ("darc_offdynamics.py", "--method source", (1, 2, 3), 2, "success .3 at most"),
     "darc_pointwall_weighting": (
         "darc_offdynamics.py",
-        f"{FAST} --method importance_weighting",
+        "--method importance_weighting",
         (1, 2, 3),
         3,
         "paper: below DARC",
@@ -273,7 +266,7 @@ ENTRIES = {
     "darc_pointwall_target": ("darc_offdynamics.py", AS_MUCH_TARGET, (1, 2, 3), 2, "as many target steps"),
     "darc_pointdoor": (
         "darc_offdynamics.py",
-        f"--env-id PointDoor-v0 {FAST}",
+        "--env-id PointDoor-v0",
         (1,),
         3,
         "straight -6.03: not reached",
