@@ -57,8 +57,8 @@ DIFFERS FROM THE PAPER
         differently, and the actor's loss has none. The released code weighs that, too. Weights are kept
         below 10, as a ratio knows no bound.
     D7  The default task is small, and so are its networks, its warm-up (paper 1e5 steps) and its discount
-        (.99), and its step size is large (3e-4). Paper: 2 x 256, tau .005, reward scale .1, noise 1 on inputs
-        that are not normalised; its code: random play in both domains at first.
+        (paper .99), and its step size is larger (paper 3e-4). Paper: 2 x 256, tau .005, reward scale .1,
+        noise 1 on inputs that are not normalised; its code: random play in both domains at first.
     D8  delta r is in nats, and the derivation has the entropy's temperature at 1. With rewards in other units
         and a temperature that is learned, what a nat costs is a choice: correction_scale, which the released
         code has, too. Where steps earn a tenth, errors of a tenth of a nat decide everything at 1.
@@ -96,7 +96,7 @@ RESULT (in the target; +- a 95 % interval over seeds)
     PointWall       60,000 steps, 5,500 of them in the target, 2.3 min of a busy core, 3 seeds: 1.00 +- .01
                     of the episodes come to the goal, source only and importance weighting .26
     BrokenReacher   165,000 steps, 16,000 in the target, 2.3 min, 10 seeds: -10.5 +- .4; source only -11.1 +-
-                    .6, importance weighting -11.3 +- .7 (8 seeds), trained in the target -9.4
+                    .6, importance weighting -11.3 +- .5, trained in the target -9.4
     PointDoor       --env-id PointDoor-v0, the wall is in the source: DARC walks around it in the target, too,
                     -10.5 to -11 with all episodes at the goal; its last evaluation failed, -14.8 with .02 of
                     them (1 seed). Straight on would be -6.0
@@ -109,6 +109,7 @@ import json
 import math
 import os
 import re
+import textwrap
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -131,7 +132,7 @@ import common  # task distributions; what one of your own has to offer is said i
 class Args:
     env_id: str = "PointWall-v0"  # a pair of domains: one of common.ids(), or your_module:YourId-v0
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
-    total_timesteps: int = 60_000  # environment steps in training, of adapting too, of evaluating not
+    total_timesteps: int = 60_000  # environment steps of training, adapting included; iterations are whole
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
     compile: bool = False  # torch.compile acting or gradient steps, see main: may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
@@ -690,7 +691,8 @@ def parse_args(args_class, argv=None):
         except SystemExit as stop:
             if not stop.code:
                 raise  # --help
-            fail(" ".join(re.sub(r"[^\x20-\x7e]+", " ", words.getvalue()).split()))
+            text = " ".join(re.sub(r"[^\x20-\x7e]+", " ", words.getvalue()).split())
+            fail(re.sub(r"^(.+?) \1", r"\1", text))  # the box's title is said again in it
 
     args = parse(args_class())
     if args.resume and args.evaluate:
@@ -706,7 +708,9 @@ def parse_args(args_class, argv=None):
         given, was = getattr(args, name), getattr(saved, name)
         if given != was and (name not in MAY_CHANGE if args.resume else name == "env_id"):
             fail(f"--{name.replace('_', '-')} {given}: {checkpoint['file']} was trained with {was}")
-    return args, checkpoint
+    shortest = min(checkpoint["global_step"], saved.total_timesteps)  # the last iteration may go beyond it
+    require(args.total_timesteps >= shortest, "total_timesteps", args.total_timesteps, f"at least {shortest}")
+    return replace(args, resume=""), checkpoint  # a run's flags do not tell whether it was interrupted
 
 
 def check_experiment(args):
@@ -757,7 +761,7 @@ def restore(checkpoint, modules):
         try:
             module.load_state_dict(checkpoint["modules"][name])
         except (RuntimeError, ValueError, KeyError) as error:
-            fail(f"the {name} of {checkpoint['file']} does not fit: {' '.join(str(error).split())[:200]}")
+            fail(f"the {name} of {checkpoint['file']} does not fit: {textwrap.shorten(str(error), 200)}")
     torch.set_rng_state(checkpoint["rng"])
     if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(checkpoint["cuda_rng"])

@@ -90,6 +90,7 @@ import json
 import math
 import os
 import re
+import textwrap
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -113,7 +114,9 @@ import common  # task distributions; what one of your own has to offer is said i
 class Args:
     env_id: str = "CartPoleRunEnsemble-v0"  # task distribution: one of common.ids(), or your_module:YourId-v0
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
-    total_timesteps: int = 16_000_000  # environment steps in training, of adapting too, of evaluating not
+    total_timesteps: int = (
+        16_000_000  # environment steps of training, adapting included; iterations are whole
+    )
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
     compile: bool = False  # torch.compile acting or gradient steps, see main: may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
@@ -642,7 +645,8 @@ def parse_args(args_class, argv=None):
         except SystemExit as stop:
             if not stop.code:
                 raise  # --help
-            fail(" ".join(re.sub(r"[^\x20-\x7e]+", " ", words.getvalue()).split()))
+            text = " ".join(re.sub(r"[^\x20-\x7e]+", " ", words.getvalue()).split())
+            fail(re.sub(r"^(.+?) \1", r"\1", text))  # the box's title is said again in it
 
     args = parse(args_class())
     if args.resume and args.evaluate:
@@ -658,7 +662,9 @@ def parse_args(args_class, argv=None):
         given, was = getattr(args, name), getattr(saved, name)
         if given != was and (name not in MAY_CHANGE if args.resume else name == "env_id"):
             fail(f"--{name.replace('_', '-')} {given}: {checkpoint['file']} was trained with {was}")
-    return args, checkpoint
+    shortest = min(checkpoint["global_step"], saved.total_timesteps)  # the last iteration may go beyond it
+    require(args.total_timesteps >= shortest, "total_timesteps", args.total_timesteps, f"at least {shortest}")
+    return replace(args, resume=""), checkpoint  # a run's flags do not tell whether it was interrupted
 
 
 def check_experiment(args):
@@ -709,7 +715,7 @@ def restore(checkpoint, modules):
         try:
             module.load_state_dict(checkpoint["modules"][name])
         except (RuntimeError, ValueError, KeyError) as error:
-            fail(f"the {name} of {checkpoint['file']} does not fit: {' '.join(str(error).split())[:200]}")
+            fail(f"the {name} of {checkpoint['file']} does not fit: {textwrap.shorten(str(error), 200)}")
     torch.set_rng_state(checkpoint["rng"])
     if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(checkpoint["cuda_rng"])
@@ -859,7 +865,8 @@ def set_ensemble(env, args):
     try:
         env.ensemble = rows
     except ValueError as error:
-        fail(f"--source-mean, -std, -low or -high: {error}")
+        flags = ", ".join(f"--source-{name}" for name, values in given.items() if values)
+        fail(f"{flags or f'--env-id {args.env_id}'}: {error}")
 
 
 def held_out_models(env, args):
@@ -900,6 +907,13 @@ def print_grid(report, groups):
         print(f"{group:>14}" + "".join(f"{report[key]:14.3f}" for key in keys))
 
 
+def print_source(env, source, target):
+    """The adapted source distribution, beside the model that it was to find. target: [task_dim]."""
+    print("\n" + "".join(f"{name:>18}" for name in ("adapted to", "mean", "std", "target")))
+    for name, entry, true in zip(env.parameter_names, source.particles.T, target.tolist(), strict=True):
+        print(f"{name:>18}{float(entry.mean()):18.3f}{float(entry.std()):18.3f}{true:18.3f}")
+
+
 def train_step(policy, act_fn, env, source, iteration, args):
     """An iteration of [Alg 1]. Returns metrics, and how many steps were played."""
     start = clock(env.device)
@@ -937,7 +951,7 @@ def main(argv=None):
     if args.evaluate:
         restore(checkpoint, {"policy": policy})
         report = evaluate(policy, eval_env, models, groups, act_fn, args)
-        print_report(eval_env, report, next(iter(groups.values())).stop, "adaptation")
+        print_report(eval_env, report, next(iter(groups.values())).stop, "episode")
         print_grid(report, groups)
         return
 
@@ -973,8 +987,10 @@ def main(argv=None):
     if run["wandb"] is not None:
         run["wandb"].finish()
     report = report or evaluate(policy, eval_env, models, groups, act_fn, args)
-    print_report(eval_env, report, next(iter(groups.values())).stop, "adaptation")
+    print_report(eval_env, report, next(iter(groups.values())).stop, "episode")
     print_grid(report, groups)
+    if source.rounds:
+        print_source(env, source, models[-1])
     print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
 
 

@@ -74,6 +74,7 @@ import json
 import math
 import os
 import re
+import textwrap
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -97,7 +98,7 @@ import common  # task distributions; what one of your own has to offer is said i
 class Args:
     env_id: str = "PointGoal-v0"  # task distribution: one of common.ids(), or your_module:YourId-v0
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
-    total_timesteps: int = 4_500_000  # environment steps in training, of adapting too, of evaluating not
+    total_timesteps: int = 4_500_000  # environment steps of training, adapting included; iterations are whole
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
     compile: bool = False  # torch.compile acting or gradient steps, see main: may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
@@ -127,7 +128,7 @@ class Args:
     tasks_at_once: int = 2  # tasks whose derivatives are taken together; 0: all, for a GPU
     eval_episodes: int = 40  # episodes of a gradient step at evaluation (the paper's number)
     eval_lr_factor: float = 0.25  # at evaluation, of all steps but the first; give 1 where K > 1 [D6]
-    eval_tasks: int = 100  # held-out tasks to evaluate on, all at once; 0: all there are, at most 10,000
+    eval_tasks: int = 0  # held-out tasks to evaluate on, all at once; 0: all there are, at most 100
 
 
 # ============================== 2. Networks ==============================
@@ -558,7 +559,8 @@ def parse_args(args_class, argv=None):
         except SystemExit as stop:
             if not stop.code:
                 raise  # --help
-            fail(" ".join(re.sub(r"[^\x20-\x7e]+", " ", words.getvalue()).split()))
+            text = " ".join(re.sub(r"[^\x20-\x7e]+", " ", words.getvalue()).split())
+            fail(re.sub(r"^(.+?) \1", r"\1", text))  # the box's title is said again in it
 
     args = parse(args_class())
     if args.resume and args.evaluate:
@@ -574,7 +576,9 @@ def parse_args(args_class, argv=None):
         given, was = getattr(args, name), getattr(saved, name)
         if given != was and (name not in MAY_CHANGE if args.resume else name == "env_id"):
             fail(f"--{name.replace('_', '-')} {given}: {checkpoint['file']} was trained with {was}")
-    return args, checkpoint
+    shortest = min(checkpoint["global_step"], saved.total_timesteps)  # the last iteration may go beyond it
+    require(args.total_timesteps >= shortest, "total_timesteps", args.total_timesteps, f"at least {shortest}")
+    return replace(args, resume=""), checkpoint  # a run's flags do not tell whether it was interrupted
 
 
 def check_experiment(args):
@@ -625,7 +629,7 @@ def restore(checkpoint, modules):
         try:
             module.load_state_dict(checkpoint["modules"][name])
         except (RuntimeError, ValueError, KeyError) as error:
-            fail(f"the {name} of {checkpoint['file']} does not fit: {' '.join(str(error).split())[:200]}")
+            fail(f"the {name} of {checkpoint['file']} does not fit: {textwrap.shorten(str(error), 200)}")
     torch.set_rng_state(checkpoint["rng"])
     if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(checkpoint["cuda_rng"])
@@ -751,7 +755,7 @@ def main(argv=None):
 
     num_envs = args.num_tasks * args.episodes_per_task
     env = make_env(args.env_id, 1 if args.evaluate else num_envs, device, args.seed)
-    eval_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
+    eval_tasks, held_out = args.eval_tasks or min(100, env.num_test_tasks), env.num_test_tasks
     require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
     eval_env = make_env(args.env_id, eval_tasks * args.eval_episodes, device, seed=0)
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space

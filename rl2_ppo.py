@@ -69,6 +69,7 @@ import json
 import math
 import os
 import re
+import textwrap
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -92,7 +93,7 @@ import common  # task distributions; what one of your own has to offer is said i
 class Args:
     env_id: str = "Bandit5-v0"  # task distribution: one of common.ids(), or your_module:YourId-v0
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
-    total_timesteps: int = 6_400_000  # environment steps in training, of adapting too, of evaluating not
+    total_timesteps: int = 6_400_000  # environment steps of training, adapting included; iterations are whole
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
     compile: bool = False  # torch.compile acting or gradient steps, see main: may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
@@ -429,7 +430,8 @@ def parse_args(args_class, argv=None):
         except SystemExit as stop:
             if not stop.code:
                 raise  # --help
-            fail(" ".join(re.sub(r"[^\x20-\x7e]+", " ", words.getvalue()).split()))
+            text = " ".join(re.sub(r"[^\x20-\x7e]+", " ", words.getvalue()).split())
+            fail(re.sub(r"^(.+?) \1", r"\1", text))  # the box's title is said again in it
 
     args = parse(args_class())
     if args.resume and args.evaluate:
@@ -445,7 +447,9 @@ def parse_args(args_class, argv=None):
         given, was = getattr(args, name), getattr(saved, name)
         if given != was and (name not in MAY_CHANGE if args.resume else name == "env_id"):
             fail(f"--{name.replace('_', '-')} {given}: {checkpoint['file']} was trained with {was}")
-    return args, checkpoint
+    shortest = min(checkpoint["global_step"], saved.total_timesteps)  # the last iteration may go beyond it
+    require(args.total_timesteps >= shortest, "total_timesteps", args.total_timesteps, f"at least {shortest}")
+    return replace(args, resume=""), checkpoint  # a run's flags do not tell whether it was interrupted
 
 
 def check_experiment(args):
@@ -496,7 +500,7 @@ def restore(checkpoint, modules):
         try:
             module.load_state_dict(checkpoint["modules"][name])
         except (RuntimeError, ValueError, KeyError) as error:
-            fail(f"the {name} of {checkpoint['file']} does not fit: {' '.join(str(error).split())[:200]}")
+            fail(f"the {name} of {checkpoint['file']} does not fit: {textwrap.shorten(str(error), 200)}")
     torch.set_rng_state(checkpoint["rng"])
     if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(checkpoint["cuda_rng"])

@@ -76,7 +76,7 @@ def group_runs(folders):
 
 
 def differing_flags(all_args):
-    """What tells several experiments apart: for each its flags that are not the same in all, as words."""
+    """What tells a script's experiments apart: for each its flags that are not the same in all, as words."""
     names = [name for name in all_args[0] if name not in NOT_THE_EXPERIMENT.split()]
     names = [name for name in names if len({str(args.get(name)) for args in all_args}) > 1]
     names = [name for name in names if name != "env_id"]  # the label has it anyway
@@ -99,7 +99,8 @@ def headline(args, row):
         return "eval/return_trial", "eval/return_trial_se", "sum over the trial"
     if "inner_steps" not in args:
         last = max(int(key[14:]) for key in row if key.startswith("eval/return_ep"))
-        return f"eval/return_ep{last}", f"eval/return_se_ep{last}", f"in episode {last + 1}"
+        words = f"in episode {last + 1}" if last else "of an episode"
+        return f"eval/return_ep{last}", f"eval/return_se_ep{last}", words
     steps = args["inner_steps"]
     return f"eval/return_ep{steps}", f"eval/return_se_ep{steps}", "after the gradient steps trained for"
 
@@ -121,7 +122,10 @@ def square_panel(axes, title, reach):
 
 
 def save(figure, out, dpi):
-    figure.savefig(out, dpi=dpi)
+    try:
+        figure.savefig(out, dpi=dpi)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: --out {out}: {error}")
     print(f"wrote {out}")
 
 
@@ -132,21 +136,27 @@ def draw(folders, out):
     if not groups:
         sys.exit("error: nothing to draw, no run has been evaluated yet")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    flags = differing_flags([args for _, args, _ in groups])
+    flags = [""] * len(groups)
+    for script in {script for script, _, _ in groups}:
+        same = [number for number, group in enumerate(groups) if group[0] == script]
+        for number, words in zip(same, differing_flags([groups[number][1] for number in same]), strict=True):
+            flags[number] = words
     last_rows = [seeds[0][-1] for _, _, seeds in groups]
+    judgements = {headline(args, seeds[0][-1])[2] for _, args, seeds in groups}  # scripts have their own
     # none adapts: there is nothing to draw by episode
     zero_shot = all("eval/return_ep1" not in row and "eval/success_ep0" in row for row in last_rows)
     for (script, args, seeds), differs in zip(groups, flags, strict=True):
         env_id, episodes = args["env_id"], args.get("episodes_per_trial")
         many = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed, band over tasks"
-        label = ", ".join(part for part in (f"{script} on {env_id}", differs, many) if part)
+        key, error, words = headline(args, seeds[0][-1])
+        judged_by = words if len(judgements) > 1 else ""
+        label = ", ".join(part for part in (f"{script} on {env_id}", judged_by, differs, many) if part)
         shortest = min(len(rows) for rows in seeds)  # where episodes end early seeds differ in steps a little
         steps = [sum(rows[i]["global_step"] for rows in seeds) / len(seeds) for i in range(shortest)]
-        key, error, words = headline(args, seeds[0][-1])
         curve, band = mean_and_error(
             [[row[key] for row in rows] for rows in seeds], [[row[error] for row in rows] for rows in seeds]
         )
-        (line,) = left.plot(steps, curve, label=label)
+        (line,) = left.plot(steps, curve, label=label, marker="o", markersize=3 if len(curve) < 10 else 0)
         low, high = zip(*[(c - b, c + b) for c, b in zip(curve, band, strict=True)], strict=True)
         left.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
         numbers = sorted(int(key[14:]) for key in seeds[0][-1] if key.startswith("eval/return_ep"))
@@ -169,8 +179,10 @@ def draw(folders, out):
         env = common.make(env_id, num_envs=1, seed=0)
         draw_references(left, env.trial_references.get(episodes, {}), at=steps[-1], align="right")
         draw_references(right, env.references, at=numbers[0], align="left")
-    left.set(xlabel="environment steps (all of them)", ylabel=f"held-out return,\n{words}")
-    stage = "gradient steps" if "gradient steps" in words else "episode"
+    judged_by = words if len(judgements) == 1 else "which one: see below"
+    left.set(xlabel="environment steps (all of them)", ylabel=f"held-out return,\n{judged_by}")
+    stages = {"gradient steps" if "gradient" in words else "episode" for words in judgements}
+    stage = " or ".join(sorted(stages))
     if zero_shot:
         right.set(
             xlabel="environment steps (all of them)", ylabel="held-out episodes with success", ylim=(0, 1)

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 
 import gymnasium as gym
 
@@ -66,9 +67,16 @@ def ids():
     """
     entries = {id: spec.vector_entry_point for id, spec in gym.registry.items()}
     ours = [id for id, entry in entries.items() if isinstance(entry, str) and entry.startswith("common.")]
-    return sorted(
-        ours + [id for id, entry in entries.items() if getattr(entry, "is_task_distribution", False)]
-    )
+    others = [id for id, entry in entries.items() if id not in ours and _is_task_distribution(entry)]
+    return sorted(ours + others)
+
+
+def _is_task_distribution(entry):
+    """entry: a class or function, or "module:name" of one, which counts once its module is imported."""
+    if isinstance(entry, str):
+        module, _, name = entry.partition(":")
+        entry = getattr(sys.modules.get(module), name, None)
+    return getattr(entry, "is_task_distribution", False)
 
 
 def make(env_id, num_envs, device="cpu", seed=None, **kwargs):
@@ -88,6 +96,7 @@ def make(env_id, num_envs, device="cpu", seed=None, **kwargs):
     if re.fullmatch(r"M[TL]1-[\w-]+", name) and name not in gym.registry:  # of Meta-World's fifty, by name
         gym.register(name, vector_entry_point="common.metaworld:make", kwargs={"benchmark": name})
     if name not in ids():
-        raise ValueError(f"unknown task distribution {env_id!r}; known are {', '.join(ids())}")
+        hint = " (an environment of Gymnasium: common.register can make one of it)" * (name in gym.registry)
+        raise ValueError(f"unknown task distribution {env_id!r}{hint}; known are {', '.join(ids())}")
     mode = gym.VectorizeMode.VECTOR_ENTRY_POINT
     return gym.make_vec(name, num_envs=num_envs, vectorization_mode=mode, device=device, seed=seed, **kwargs)

@@ -14,7 +14,29 @@ All tensors live on `device`: obs float32 [B, obs], reward float32 [B], terminat
 One of your own: subclass TaskVectorEnv and fill in four hooks, or let common.register (adapter.py) make one
 of a Gymnasium environment in which something can be set; --env-id your_module:YourId-v0 imports your_module
 first. The scripts use what TaskVectorEnv has, and nothing else: its attributes and their defaults are below.
-Observations have one axis, and final_obs is in info at every step.
+Observations have one axis, and final_obs is in info at every step. rl2_ppo.py reads observations and rewards
+as they are: keep them within a few units. A whole family, a sledge whose friction is the task:
+
+    class Sledge(TaskVectorEnv):
+        def __init__(self, num_envs, device="cpu", seed=None):  # these three, by these names
+            spaces = box(-9, 9, (2,)), box(-1, 1, (1,)), box(0, 1, (1,))  # of observations, actions, tasks
+            super().__init__(num_envs, *spaces, 50, device, seed)  # 50 steps an episode
+
+        def _draw_tasks(self, n, generator):
+            return torch.rand(n, 1, generator=generator, device=generator.device)
+
+        def _start(self):
+            return torch.zeros(self.num_envs, 2, device=self.device)  # position, speed
+
+        def _transition(self, state, action):  # None: nothing ends early; else [B] bool and terminates = True
+            speed = state[:, 1] + 0.1 * (action[:, 0] - self._task[:, 0] * state[:, 1])
+            state = torch.stack([state[:, 0] + 0.1 * speed, speed], 1)
+            return state, -(state[:, 0] - 1).abs(), None, {}
+
+        def _observe(self, state):
+            return state.clone()
+
+    gym.register("Sledge-v0", vector_entry_point=Sledge)
 """
 
 import os
@@ -117,6 +139,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self._clock += 1
         state, reward, terminated, info = self._transition(self._state, action)
         final_obs = self._observe(state)
+        if self._clock == 1:
+            self._check_transition(final_obs, reward, terminated, info)
         if terminated is None:
             some_ended = self._clock % self.horizon == 0
             terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
@@ -196,6 +220,24 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         if self._next_task is not None:
             self._task, self._next_task = self._next_task, None
             self._prepare()
+
+    def _check_transition(self, obs, reward, terminated, info):
+        """Say what a family returns that it may not, before it fails far from here."""
+        name, batch = type(self).__name__, (self.num_envs,)
+        if obs.shape != (*batch, *self.single_observation_space.shape):
+            raise ValueError(
+                f"{name}: _observe returns {list(obs.shape)}, the space says {self.observation_space}"
+            )
+        if reward.shape != batch:
+            raise ValueError(f"{name}: a reward is [{self.num_envs}], got {list(reward.shape)}")
+        if (terminated is not None) != self.terminates:
+            given = "None" if terminated is None else "a tensor"
+            raise ValueError(f"{name}: terminates is {self.terminates}, and terminated is {given}")
+        if terminated is not None and (terminated.shape != batch or terminated.dtype != torch.bool):
+            given = f"{terminated.dtype} {list(terminated.shape)}"
+            raise ValueError(f"{name}: terminated is [{self.num_envs}] bool, got {given}")
+        if self.has_success and "success" not in info:
+            raise ValueError(f"{name}: has_success is True, and info has no success")
 
     def _require_reset(self):
         if self._state is None or self._next_task is not None:

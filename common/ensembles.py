@@ -37,6 +37,32 @@ class Ensemble(TaskVectorEnv):
 
     parameters: name -> (mean, std, low, high). unmodelled: what the last entry is a factor on, and where it
     is tested. `ensemble` can be set: a narrower, wider, flatter or shifted distribution to draw models from.
+
+    One of your own, a mass on rough ground; simulate and the float64 state serve --adapt-to-target:
+
+        class Sledge(Ensemble):
+            parameters = {"mass": (1.0, 0.3, 0.4, 1.6), "friction": (0.5, 0.2, 0.1, 0.9)}
+            unmodelled, unmodelled_factors = "force", (0.5, 2.0)
+
+            def __init__(self, num_envs, device="cpu", seed=None):
+                spaces = box(-9, 9, (2,)), box(-1, 1, (1,)), self._task_space()
+                super().__init__(num_envs, *spaces, 100, device, seed)
+                self._found()  # last: it reads the parameters
+
+            def _start(self):  # position, speed
+                return torch.zeros(self.num_envs, 2, dtype=torch.float64, device=self.device)
+
+            def simulate(self, tasks, state, action):
+                mass, friction, factor = tasks.double().unbind(1)
+                speed = state[:, 1] + 0.1 * (factor * action[:, 0] / mass - friction * state[:, 1])
+                return torch.stack([state[:, 0] + 0.1 * speed, speed], 1)
+
+            def _transition(self, state, action):
+                after = self.simulate(self._task, state, action)
+                return after, -(after[:, 0] - 1).abs().float(), None, self._inform(after)
+
+            def _observe(self, state):
+                return state.float()
     """
 
     parameters = {}
@@ -45,7 +71,7 @@ class Ensemble(TaskVectorEnv):
 
     @property
     def parameter_names(self):
-        return [*self.parameters, self.unmodelled]
+        return [*self.parameters, self.unmodelled or "1"]
 
     @property
     def ensemble(self):
@@ -53,6 +79,8 @@ class Ensemble(TaskVectorEnv):
 
         A normal cut off at low and high; with std inf it is uniform between them, with std 0 the mean.
         """
+        if not hasattr(self, "_ensemble"):
+            raise ValueError(f"the constructor of {type(self).__name__} has to end with self._found()")
         return self._ensemble.clone()
 
     @ensemble.setter

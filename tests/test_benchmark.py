@@ -161,6 +161,22 @@ def test_only_runs_that_differ_in_nothing_but_the_seed_are_one_curve(tmp_path):
         plot.group_runs([*folders, folders[0]])
 
 
+def test_scripts_that_are_judged_by_different_returns_say_so_in_the_legend(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    plot.draw([write_run(tmp_path, 1, 1.0), tiny_maml(tmp_path)], tmp_path / "curves.png")
+    left, right = drawn[0].axes
+    labels = [line.get_label() for line in left.lines if not line.get_label().startswith("_")]
+    assert labels[0] == "rl2_ppo on Bandit5-v0, sum over the trial, 1 seed, band over tasks"
+    assert labels[1].endswith("after the gradient steps trained for, 1 seed, band over tasks")
+    assert (
+        "see below" in left.get_ylabel() and right.get_xlabel() == "episode or gradient steps on a new task"
+    )
+
+
 def test_plot_says_in_one_line_what_is_not_a_run_folder(tmp_path):
     with pytest.raises(SystemExit) as stop:
         plot.draw([tmp_path / "nothing"], tmp_path / "curves.png")

@@ -2,6 +2,9 @@
 
 import collections
 import importlib.util
+import inspect
+import sys
+import types
 
 import gymnasium as gym
 import numpy as np
@@ -10,7 +13,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 import common
-from common.base import SEEDS
+from common import ensembles
+from common.base import SEEDS, TaskVectorEnv, box
 
 torch.set_num_threads(1)
 IDS = [
@@ -594,3 +598,93 @@ def test_the_shortest_path_through_the_maze_reaches_the_target():
         assert terminated.tolist() == [len(plan) == step + 1 for plan in plans]
         done += terminated
     assert (done == 1).all()
+
+
+# ---- families of one's own
+
+
+def sledge(module, first_line):
+    """The class that a docstring shows, as a reader would copy it."""
+    lines = inspect.getdoc(module).split("\n")
+    first = next(i for i, line in enumerate(lines) if line.strip() == first_line)
+    indent = len(lines[first]) - len(lines[first].lstrip())
+    last = next(
+        (i for i, line in enumerate(lines) if i > first and line.startswith("    gym.register")), len(lines)
+    )
+    names = {"torch": torch, "box": box, "TaskVectorEnv": TaskVectorEnv, "Ensemble": ensembles.Ensemble}
+    exec("\n".join(line[indent:] for line in lines[first:last]), names)
+    return names["Sledge"]
+
+
+def test_the_family_of_the_docstring_can_be_played():
+    env = sledge(common.base, "class Sledge(TaskVectorEnv):")(3, device="cpu", seed=1)
+    env.set_tasks(env.sample_tasks(3, split="test"))
+    obs, _ = env.reset(seed=2)
+    for step in range(50):
+        obs, reward, terminated, truncated, info = env.step(torch.ones(3, 1))
+        assert obs.shape == (3, 2) and not terminated.any() and bool(truncated.all()) == (step == 49)
+    assert info["final_obs"][:, 0].std() > 0 and (obs == 0).all()  # friction differs; a new episode has begun
+
+
+def test_the_ensemble_of_the_docstring_can_be_played_and_simulated():
+    env = sledge(ensembles.Ensemble, "class Sledge(Ensemble):")(4, seed=1)
+    tasks = env.sample_tasks(4)
+    env.set_tasks(tasks)
+    _, info = env.reset(seed=2, options={"state": True})
+    after = env.simulate(tasks, info["state"], torch.ones(4, 1))
+    assert (env.step(torch.ones(4, 1))[4]["state"] == after).all() and after.dtype == torch.float64
+    assert env.ensemble.shape == (4, 3) and set(env.named_tasks) == {"mean", "target"}
+    assert [part.stop - part.start for part in env.test_groups.values()] == [21, 20, 14]
+
+
+def changed(**names):
+    base = sledge(common.base, "class Sledge(TaskVectorEnv):")
+    return type("Changed", (base,), names)(2, seed=1)
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        ((torch.zeros(2, 2), torch.zeros(2, 1), None, {}), r"a reward is \[2\], got \[2, 1\]"),
+        ((torch.zeros(2, 3), torch.zeros(2), None, {}), r"_observe returns \[2, 3\]"),
+        ((torch.zeros(2, 2), torch.zeros(2), torch.zeros(2).bool(), {}), "terminates is False"),
+    ],
+)
+def test_what_a_family_may_not_return_is_said_at_its_first_step(returned, message):
+    env = changed(_transition=lambda self, state, action: returned)
+    env.reset(seed=1)
+    with pytest.raises(ValueError, match=f"Changed: {message}"):
+        env.step(torch.zeros(2, 1))
+
+
+def test_success_and_ends_have_to_be_given_as_they_were_announced():
+    step = (torch.zeros(2, 2), torch.zeros(2), torch.zeros(2), {})
+    for names, message in (
+        ({"terminates": True}, "bool, got torch.float32"),
+        ({"has_success": True}, "no success"),
+    ):
+        returned = step if "terminates" in names else (*step[:2], None, {})
+        env = changed(_transition=lambda self, state, action, returned=returned: returned, **names)
+        env.reset(seed=1)
+        with pytest.raises(ValueError, match=message):
+            env.step(torch.zeros(2, 1))
+
+
+def test_an_ensemble_that_was_not_finished_says_what_is_missing():
+    class Hasty(ensembles.Ensemble):
+        def __init__(self):
+            TaskVectorEnv.__init__(self, 2, box(-9, 9, (2,)), box(-1, 1, (1,)), self._task_space(), 9)
+
+    with pytest.raises(ValueError, match="Hasty has to end with self._found"):
+        Hasty().ensemble  # noqa: B018
+
+
+def test_an_entry_point_may_be_named_and_other_environments_are_told_apart(monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_sledges", types.SimpleNamespace(Sledge=type(changed())))
+    gym.register("NamedSledge-v0", vector_entry_point="my_sledges:Sledge")
+    try:
+        assert "NamedSledge-v0" in common.ids()
+    finally:
+        gym.registry.pop("NamedSledge-v0")
+    with pytest.raises(ValueError, match="'CartPole-v1' .an environment of Gymnasium: common.register can"):
+        common.make("CartPole-v1", 2)

@@ -16,6 +16,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -791,6 +792,16 @@ def test_a_checkpoint_that_lacks_an_entry_is_named(job, no_training, tmp_path, f
         del checkpoint[name]
         torch.save(checkpoint, tmp_path / "part.pt")
         assert "part.pt" in one_line(job.module.main, ["--resume", str(tmp_path / "part.pt")])
+
+
+def test_a_finished_run_is_not_made_shorter_and_does_not_show_that_it_was_resumed(job, finished, tmp_path):
+    run = tmp_path / finished.name
+    shutil.copytree(finished, run)
+    before = (run / "args.json").read_text()
+    message = one_line(job.module.main, ["--resume", str(run), "--total-timesteps", "1"])
+    assert "--total-timesteps 1: expected at least" in message
+    job.module.main(["--resume", str(run)])
+    assert (run / "args.json").read_text() == before and json.loads(before)["resume"] == ""
 
 
 def test_resume_refuses_to_change_what_decides_the_run(job, no_training, finished):
