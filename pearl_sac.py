@@ -120,7 +120,7 @@ import common  # task distributions; what one of your own has to offer is said i
 class Args:
     env_id: str = "PointRobot-v0"  # task distribution: one of common.ids(), or your_module:YourId-v0
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
-    total_timesteps: int = 240_000  # environment steps of training, adapting included; iterations are whole
+    total_timesteps: int = 240_000  # environment steps of training, adapting too; iterations are whole
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
     compile: bool = False  # torch.compile acting or gradient steps, see main: may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
