@@ -51,7 +51,7 @@ DIFFERS FROM THE PAPER
         West 2001). The noise is a share of how much each entry of the state changes in a step.
     D6  Rounds of adaptation are spread evenly over one training, which goes on from the policy that it has.
     D7  The default job is no body of MuJoCo, and smaller: 200 models, epsilon 1 for 30 iterations.
-        Paper: 240, and 100. Hopper's command in RUN: 240, and 60.
+        Paper: 240, and 100. Hopper's command in RUN: 240, and 120.
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  A mass changed without its moments of inertia.
@@ -74,14 +74,15 @@ RUN
     python epopt.py --epsilon 1                                         # plain domain randomisation
     python epopt.py --epsilon 1 --ensemble single                       # TRPO in one simulator
     python epopt.py --adapt-to-target                                   # and learn from the target
-    python epopt.py --env-id HopperEnsemble-v0 --num-models 240 --warmup-iterations 60 --max-kl 0.05 \
-        --total-timesteps 40000000 --eval-every 10 --eval-episodes 1
+    python epopt.py --env-id HopperEnsemble-v0 --num-models 240 --warmup-iterations 120 --max-kl 0.03 \
+        --gamma 0.995 --gae-lambda 0.97 --total-timesteps 40000000 --eval-every 10 --eval-episodes 1
 
 RESULT (held-out grid inside the training range; +- a 95 % interval over seeds; one core)
     CartPoleRun     16 M steps, 1.0 min, 10 seeds: mean 521 +- 45, 10th percentile 472 +- 59, mean of the
                     worst tenth 410 +- 70; --epsilon 1: 551 +- 20, 426 +- 97, 290 +- 98; one model (9 seeds):
                     416, 29, 27. --adapt-to-target, 3 seeds: 1.82, 1.81, 1.85 kg for a cart of 1.84
-    HopperEnsemble  begun only
+    HopperEnsemble  cut off at 29.4 M of 40 M steps, still rising, 1 seed: mean 2452, 10th percentile 1462,
+                    mean of the worst tenth 1282
 """
 
 import contextlib

@@ -97,8 +97,8 @@ BROKEN_REACHER = (
     " --lr 5e-4 --tau 0.005 --updates-per-step 0.07 --total-timesteps 165000"
 )
 HOPPER = (
-    "--env-id HopperEnsemble-v0 --num-models 240 --warmup-iterations 60 --max-kl 0.05"
-    " --total-timesteps 40000000 --eval-every 10 --save-every 5 --eval-episodes 1"
+    "--env-id HopperEnsemble-v0 --num-models 240 --warmup-iterations 120 --max-kl 0.03 --gamma 0.995"
+    " --gae-lambda 0.97 --total-timesteps 40000000 --eval-every 10 --save-every 5 --eval-episodes 1"
 )
 TEN = tuple(range(1, 11))
 BROKEN_CHEETAH = (
