@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import gymnasium as gym
 import pytest
@@ -573,7 +574,7 @@ def test_resampling_goes_red_when_particles_leave_or_are_mere_copies():  # T12
     red(check_resampling, "(1 - keep**2) ** 0.5 * torch.randn_like(x)", "0 * torch.randn_like(x)")
 
 
-def test_a_range_that_was_set_is_the_range_of_adaptation(tmp_path):
+def test_a_range_that_was_set_is_the_range_of_adaptation(tmp_path, capsys):
     flags = f"{SMALL} --adapt-to-target --particles 60 --transitions 20 --total-timesteps 3000"
     heavy = (
         "--source-mean 3 0.3 0.6 1 --source-low 2.5 0.1 0.2 1 --source-high 4 0.5 1 1 --target 3.8 0.2 0.8 1"
@@ -583,6 +584,8 @@ def test_a_range_that_was_set_is_the_range_of_adaptation(tmp_path):
     source = torch.load(run / "checkpoint.pt")["modules"]["source"]
     mass = source["particles"][:, 0]
     assert source["rounds"] == 3 and mass.min() >= 2.5 and mass.max() <= 4.0 and mass.mean() > 3.4
+    table = capsys.readouterr().out.split("adapted to")[1]  # what was found, beside what was to be found
+    assert re.search(rf"cart mass +{mass.mean():.3f} +{mass.std():.3f} +3.800\n", table)
 
 
 def check_recorded_steps_are_those_of_the_simulator(module):

@@ -754,3 +754,10 @@ def test_one_task_is_solved_by_the_policy_gradient_alone(tmp_path):
     (log,) = tmp_path.glob("*/metrics.jsonl")
     rows = [json.loads(row) for row in log.read_text().splitlines()]
     assert rows[-1]["eval/return_ep0"] > rows[0]["charts/return_before"] + 10
+
+
+def test_by_default_no_more_tasks_are_evaluated_than_are_held_out(tmp_path, capsys):
+    pytest.importorskip("mujoco")
+    flags = "--env-id HalfCheetahDir-v0 --num-tasks 2 --episodes-per-task 2 --eval-episodes 1 --hidden-size 8"
+    maml.main([*flags.split(), "--total-timesteps", "1", "--run-dir", str(tmp_path), "--device", "cpu"])
+    assert "HalfCheetahDir-v0: 40 held-out tasks" in capsys.readouterr().out
