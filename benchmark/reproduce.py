@@ -385,7 +385,7 @@ def run_seed(name, seed, run_dir, threads):
     found = sorted(parent.glob(f"*__{seed}__*/checkpoint.pt"))
     command = [sys.executable, str(ROOT / script)]
     flags = flags.split()
-    if found:  # an entry that has been made longer or shorter is trained up to its own length
+    if found:  # an entry that has been made longer is trained on; a run that is past a shorter one says so
         command += ["--resume", str(found[-1].parent)]
         if "--total-timesteps" in flags:  # of a flag that is there twice the last counts
             command += ["--total-timesteps", flags[-flags[::-1].index("--total-timesteps")]]
