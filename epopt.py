@@ -638,9 +638,10 @@ def parse_args(args_class, argv=None):
 
     def parse(default):
         words = io.StringIO()  # tyro draws a box around its complaints: keep the words
+        title = __doc__.split("\n\n")[0]
         try:
             with contextlib.redirect_stderr(words):
-                return tyro.cli(args_class, args=argv, default=default, description=__doc__)
+                return tyro.cli(args_class, args=argv, default=default, description=title)
         except SystemExit as stop:
             if not stop.code:
                 raise  # --help
@@ -747,6 +748,7 @@ def start_run(args, checkpoint):
             fail(f"--track: {' '.join(str(error).split())} (WANDB_MODE=offline needs no account)")
         run["wandb_id"] = run["wandb"].id
         run["wandb"].define_metric("*", step_metric="global_step")
+    print(f"run folder: {folder}")
     return run
 
 
@@ -994,4 +996,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted; --resume and the run folder go on from its last checkpoint")

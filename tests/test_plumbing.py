@@ -179,9 +179,9 @@ def one_line(call, *arguments):
 
 def run_main(name, argv, errors=None, environ=None, kill=None, max_file=None):
     """What a child does. kill: (module, function, n, moment), SIGKILL itself at the n-th call of it."""
-    with open(errors or os.devnull, "w") as handle:
+    with open(errors or os.devnull, "w") as handle, open(os.devnull, "w") as nowhere:
         os.dup2(handle.fileno(), 2)
-        os.dup2(handle.fileno(), 1)
+        os.dup2(nowhere.fileno(), 1)
     sys.stderr, sys.stdout = (os.fdopen(number, "w", closefd=False) for number in (2, 1))
     os.environ.update(environ or {})
     torch.set_num_threads(1)
@@ -968,3 +968,26 @@ def test_an_error_in_the_middle_of_a_run_stands_on_a_line_of_its_own(tmp_path):
     argv = [*job.tiny, "--lr", "1e30", "--total-timesteps", str(10 * job.steps), "--run-dir", str(tmp_path)]
     assert finish(job, argv, errors) == 1
     assert "losses/" in the_error(errors.read_text())
+
+
+def test_interrupted_by_hand_it_says_in_one_line_how_to_go_on(tmp_path):
+    job = JOBS["rl2_ppo"]
+    endless = [*job.tiny, "--total-timesteps", "1000000000", "--run-dir", str(tmp_path)]
+    command = [sys.executable, "-u", f"{job.name}.py", *endless]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        said = process.stdout.readline()  # where it is, before training
+        while not (only_run(tmp_path) / "metrics.jsonl").read_text():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate()[1]
+    assert said == f"run folder: {only_run(tmp_path)}\n"
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("error: interrupted; --resume")
+    assert checkpoint_of(only_run(tmp_path))
+
+
+def test_every_script_ends_in_the_same_way():
+    endings = {(ROOT / f"{name}.py").read_text().split("\nif __name__")[1] for name in JOBS}
+    assert len(endings) == 1
