@@ -111,7 +111,7 @@ import os
 import re
 import textwrap
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its idle threads would spin on MuJoCo's cores
@@ -158,7 +158,7 @@ class Args:
     replay_episodes: int = 500  # episodes that are kept for each environment
     hidden_size: int = 128  # width of the hidden layers of all networks [D7]
     hidden_layers: int = 2  # how many there are in each network [D7]
-    lr: float = 5e-4  # Adam's step size, of all networks [D7]
+    lr: float = 5e-4  # Adam's step size, of all networks
     gamma: float = 0.98  # discount per step, below 1
     tau: float = 0.01  # share of the critics that moves into the target critics at each gradient step
     reward_scale: float = 1.0  # factor on rewards, corrected ones included
@@ -336,9 +336,10 @@ def sample_action(actor, x, deterministic=False):
 def rollout(agent, act_fn, env, seed=None, deterministic=False):
     """Play one episode in every environment.
 
-    seed: of starts. Returns a dict of [B, T, ...] tensors, T at least the steps of the longest episode: obs
-    [B, T + 1, obs], the last one included, action, reward, train_reward, terminated, success, valid (1
-    inside the episode, 0 after).
+    seed: of starts and noise.
+    Returns a dict of [B, T, ...] tensors, T at least the steps of the longest episode: obs [B, T + 1, obs],
+    the last one included, action, reward, train_reward, terminated, success, valid (1 inside the episode,
+    0 after).
     """
     obs, _ = env.reset(seed=seed)
     valid = torch.ones(env.num_envs, device=obs.device)
@@ -495,11 +496,6 @@ def temperature_loss(alpha, logprob, target_entropy):
     return -(alpha * (logprob + target_entropy)).mean()
 
 
-def flatten(tensors):
-    """A list of tensors -> one vector."""
-    return torch.cat([x.reshape(-1) for x in tensors])
-
-
 def descend(optimizer, loss, parameters):
     """One step of the optimizer on these parameters and no others."""
     optimizer.zero_grad()  # to None, and what has no gradient is left alone
@@ -536,11 +532,10 @@ def darc_step(agent, optimizer, source, target, correcting, args):
     td_loss = critic_loss(root_weight * values, root_weight * y)
     critics = list(agent.critic.parameters())
     descend(optimizer, td_loss, critics)
-    grad_norm = flatten([p.grad for p in critics]).norm()
+    grad_norm = nn.utils.get_total_norm([p.grad for p in critics])
 
     pi_loss, logprob = actor_loss(agent.actor, agent.critic, x, alpha)
     descend(optimizer, pi_loss, list(agent.actor.parameters()))
-    actor_grad_norm = flatten([p.grad for p in agent.actor.parameters()]).norm()
     if args.autotune:
         alpha_loss = temperature_loss(agent.temperature(), logprob, -agent.actor.action_dim)
         descend(optimizer, alpha_loss, list(agent.temperature.parameters()))
@@ -549,7 +544,7 @@ def darc_step(agent, optimizer, source, target, correcting, args):
     explained = 1 - (values - y).square().mean() / y.var(correction=0).clamp(min=1e-8)
     metrics |= {"losses/critic": td_loss, "losses/actor": pi_loss, "debug/alpha": alpha.mean()}
     metrics |= {"debug/entropy": -logprob.mean(), "debug/q": values.mean(), "debug/grad_norm": grad_norm}
-    metrics |= {"debug/explained_variance": explained, "debug/grad_norm_actor": actor_grad_norm}
+    metrics["debug/explained_variance"] = explained
     own = len(root_weight) // (1 + args.target_in_sac)  # the others are the target's
     metrics |= {f"debug/{name}": batch[name][:own].mean() for name in ("correction", "weight")}
     return {name: value.detach() for name, value in metrics.items()}
@@ -604,7 +599,7 @@ def adapt(classifiers, source, target, correcting, args):
 
 # ============================== 6. Evaluate ==============================
 
-EVAL_SEED = 20_190_319  # of starts and actions in every evaluation of every run
+EVAL_SEED = 20_190_319  # of starts, noise and actions in every evaluation of every run
 
 
 def evaluate(agent, envs, act_fn, args):
@@ -616,11 +611,9 @@ def evaluate(agent, envs, act_fn, args):
     metrics, device = {}, envs["target"].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
+        seeds = range(EVAL_SEED, EVAL_SEED + args.eval_episodes)
         for name, env in envs.items():
-            episodes = [
-                rollout(agent, act_fn, env, EVAL_SEED + number, args.deterministic_eval)
-                for number in range(args.eval_episodes)
-            ]
+            episodes = [rollout(agent, act_fn, env, seed, args.deterministic_eval) for seed in seeds]
             returns = torch.stack([(episode["reward"] * episode["valid"]).sum(1) for episode in episodes], 1)
             lengths = torch.stack([episode["valid"].sum(1) for episode in episodes], 1)
             reached = [(episode["success"] * episode["valid"]).amax(1) for episode in episodes]
@@ -633,9 +626,8 @@ def evaluate(agent, envs, act_fn, args):
                 delta = reward_correction(agent.classifiers, *transitions).sort().values
                 metrics["eval/correction_mean"] = float(delta.mean())
                 for percent in (5, 50, 95):
-                    metrics[f"eval/correction_q{percent}"] = float(
-                        delta[int(percent / 100 * (len(delta) - 1))]
-                    )
+                    place = int(percent / 100 * (len(delta) - 1))
+                    metrics[f"eval/correction_q{percent}"] = float(delta[place])
             if name == "target":
                 metrics |= summarize(returns, lengths, success)
     return metrics
@@ -706,8 +698,8 @@ def parse_args(args_class, argv=None):
         fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py, which had other flags")
     saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
     args = parse(saved)
-    for name in [field.name for field in fields(args_class) if field.name not in ("resume", "evaluate")]:
-        given, was = getattr(args, name), getattr(saved, name)
+    for name, given in asdict(replace(args, resume="", evaluate="")).items():
+        was = getattr(saved, name)
         if given != was and (name not in MAY_CHANGE if args.resume else name == "env_id"):
             fail(f"--{name.replace('_', '-')} {given}: {checkpoint['file']} was trained with {was}")
     shortest = min(checkpoint["global_step"], saved.total_timesteps)  # the last iteration may go beyond it
@@ -726,12 +718,12 @@ def check_experiment(args):
     return torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
 
 
-def make_env(env_id, num_envs, device, seed):
+def make_env(env_id, num_envs, device, seed, flag="--env-id"):
     """common.make, whose complaints end the program in one line."""
     try:
         return common.make(env_id, num_envs=num_envs, device=device, seed=seed)
     except (ValueError, ImportError) as error:
-        fail(f"--env-id {env_id}: {error}")
+        fail(f"{flag} {env_id}: {error}")
 
 
 def clock(device):
@@ -870,17 +862,16 @@ def print_report(env, metrics, num_tasks, stage):
 
 def check_offdynamics(args):
     """Check the flags of this script, except for what depends on the environment."""
-    positive = (
-        "num_envs updates_per_step batch_size replay_episodes hidden_size hidden_layers lr reward_scale"
-    )
-    for name in f"{positive} alpha eval_episodes".split():
+    positive = "num_envs updates_per_step batch_size replay_episodes hidden_size hidden_layers lr"
+    positive += " reward_scale alpha eval_episodes"
+    for name in positive.split():
         require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
     for name in "eval_tasks warmup_steps input_noise decay target_ratio correction_scale".split():
         require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
     require(0 <= args.gamma < 1, "gamma", args.gamma, "at least 0 and below 1")
     require(0 < args.tau <= 1, "tau", args.tau, "more than 0, at most 1")
-    methods = "darc importance_weighting source target"
-    require(args.method in methods.split(), "method", args.method, f"one of {methods}")
+    kinds = "darc importance_weighting source target"
+    require(args.method in kinds.split(), "method", args.method, f"one of {kinds}")
     classifying = args.method in CLASSIFYING
     more = f"more than 0: --method {args.method} compares the source's steps with the target's"
     require(args.target_ratio > 0 or not classifying, "target_ratio", args.target_ratio, more)
@@ -896,10 +887,7 @@ def make_domains(args, num_envs, device, seeds):
     The source plays training tasks, the target held-out ones, the same in training and in evaluation.
     """
     source = make_env(args.env_id, num_envs, device, seeds[0])
-    try:
-        target = common.make(args.target_env_id or args.env_id, num_envs, device, seeds[1])
-    except (ValueError, ImportError) as error:
-        fail(f"--target-env-id {args.target_env_id}: {error}")
+    target = make_env(args.target_env_id or args.env_id, num_envs, device, seeds[1], "--target-env-id")
     envs = {"source": source, "target": target}
     pair = bool(args.target_env_id) or source.named_tasks.keys() >= {"source", "target"}
     require(pair, "env_id", args.env_id, "a pair of domains, or --target-env-id beside it")
@@ -907,10 +895,6 @@ def make_domains(args, num_envs, device, seeds):
         one, two = getattr(source, what), getattr(target, what)
         expected = f"the source's {what.replace('_', ' ')}, {one}, and it has {two}"
         require(one == two, "target_env_id", args.target_env_id, expected)
-    continuous = (
-        isinstance(source.single_action_space, gym.spaces.Box) and source.single_action_space.is_bounded()
-    )
-    require(continuous, "env_id", args.env_id, "a task distribution with continuous actions between bounds")
     most = target.num_test_tasks
     require(num_envs <= most, "num_envs", num_envs, f"at most {most}, the target's held-out tasks")
     source.set_tasks(source.sample_tasks(num_envs))
@@ -918,13 +902,11 @@ def make_domains(args, num_envs, device, seeds):
     return envs
 
 
-def print_domains(metrics):
+def print_domains(envs, metrics):
     """Both domains side by side, and what the classifiers hold against the source's steps."""
-    for name in ("source", "target"):
-        reached = (
-            f", success {metrics[f'eval/success_{name}']:.3f}" if f"eval/success_{name}" in metrics else ""
-        )
-        print(f"in the {name}: return {metrics[f'eval/return_{name}']:.3f}{reached}")
+    for name, env in envs.items():
+        solved = f", success {metrics[f'eval/success_{name}']:.3f}" if env.has_success else ""
+        print(f"in the {name}: return {metrics[f'eval/return_{name}']:.3f}{solved}")
     if "eval/correction_mean" in metrics:
         quantiles = ", ".join(f"{metrics[f'eval/correction_q{percent}']:.2f}" for percent in (5, 50, 95))
         mean = metrics["eval/correction_mean"]
@@ -940,14 +922,13 @@ def main(argv=None):
     num_envs = 1 if args.evaluate else args.num_envs
     envs = make_domains(args, num_envs, device, (args.seed, 2**30 - 1 - args.seed))
     held_out = envs["target"].num_test_tasks
-    eval_tasks = args.eval_tasks or min(1000, held_out)
+    eval_tasks = args.eval_tasks or min(1_000, held_out)
     require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
     eval_envs = make_domains(args, eval_tasks, device, (0, 0))
-    obs_dim, action_space = (
-        envs["source"].single_observation_space.shape[0],
-        envs["source"].single_action_space,
-    )
-
+    env = envs["source"]
+    obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
+    continuous = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
+    require(continuous, "env_id", args.env_id, "a task distribution with continuous actions between bounds")
     agent = make_domain_agent(obs_dim, action_space, args).to(device)
     act_fn = torch.compile(sample_action) if args.compile else sample_action
     step_fn = torch.compile(darc_step) if args.compile else darc_step
@@ -955,13 +936,13 @@ def main(argv=None):
         restore(checkpoint, {"agent": agent})
         report = evaluate(agent, eval_envs, act_fn, args)
         print_report(eval_envs["target"], report, eval_tasks, "episode")
-        print_domains(report)
+        print_domains(eval_envs, report)
         return
 
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True)
-    shape = (args.num_envs, args.replay_episodes)
+    rings = (args.num_envs, args.replay_episodes)
     sizes = (obs_dim, action_space.shape[0], device)
-    replays = {name: ReplayBuffer(*shape, env.horizon, *sizes) for name, env in envs.items()}
+    replays = {name: ReplayBuffer(*rings, env.horizon, *sizes) for name, env in envs.items()}
     modules = {"agent": agent, "optimizer": optimizer}  # all that has a state
     modules |= {f"env of the {name}": env for name, env in envs.items()}
     modules |= {f"replay of the {name}": replay for name, replay in replays.items()}
@@ -978,6 +959,7 @@ def main(argv=None):
         while global_step < total:
             start = clock(device)
 
+            # Collect: episodes in the source, and in the target when its share is due.
             correcting = int(agent.steps[0]) >= args.warmup_steps  # T11: classifiers have trained on those
             steps, own_steps = collect_domains(agent, act_fn, envs, replays, args)
             collected = clock(device)
@@ -1004,7 +986,7 @@ def main(argv=None):
         run["wandb"].finish()
     report = report or evaluate(agent, eval_envs, act_fn, args)
     print_report(eval_envs["target"], report, eval_tasks, "episode")
-    print_domains(report)
+    print_domains(eval_envs, report)
     print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
 
 

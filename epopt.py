@@ -52,9 +52,11 @@ DIFFERS FROM THE PAPER
     D6  Rounds of adaptation are spread evenly over one training, which goes on from the policy that it has.
     D7  The default job is no body of MuJoCo, and smaller: 200 models, epsilon 1 for 30 iterations.
         Paper: 240, and 100. Hopper's command in RUN: 240, and 120.
+    D8  The bound on the KL falls linearly to zero. A step from a few trajectories is noisy, and with steps of
+        one size to the end some seeds unlearn in the last iterations what they could.
 
 TRAPS (each has a test that goes red when the trap is put in)
-    T1  A mass changed without its moments of inertia.
+    T1  Log-probabilities or KL averaged over action dimensions: steps shrink as bodies grow.
     T2  The baseline fitted to the worst trajectories only: it takes their bad returns for normal, state by
         state, which centring does not repair.
     T3  The baseline's clock running over the whole batch instead of each episode.
@@ -65,7 +67,7 @@ TRAPS (each has a test that goes red when the trap is put in)
     T7  The next episode's first state taken for the last one's successor: no model explains that jump.
     T8  Likelihoods instead of their logarithms: a few hundred steps, and all are 0.
     T9  Conjugate gradient updated in place, residual and direction being one tensor at the start.
-    T10 Log-probabilities or KL averaged over action dimensions: steps shrink as bodies grow.
+    T10 A mass changed without its moments of inertia.
     T11 Trajectories ranked by what was paid after their end, by means, or by normalised rewards.
     T12 Particles that leave the range that models may have, or all fall onto one.
 
@@ -93,7 +95,7 @@ import os
 import re
 import textwrap
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its idle threads would spin on MuJoCo's cores
@@ -147,7 +149,7 @@ class Args:
     init_std: float = 1.0  # standard deviation of the first actions, whose bounds are -1 and 1
     gamma: float = 0.99  # discount per step
     gae_lambda: float = 1.0  # GAE: 1 uses whole sampled returns, less leans on the baseline
-    max_kl: float = 0.02  # delta, how far one iteration may move the policy
+    max_kl: float = 0.02  # delta, how far one iteration may move the policy; falls linearly to zero [D8]
     cg_steps: int = 10  # conjugate gradient iterations, one Fisher product each
     cg_damping: float = 1e-5  # added to the diagonal of F
     fisher_fraction: float = 0.1  # share of the steps in the Fisher products, but 1,000 of them at least [D3]
@@ -186,12 +188,12 @@ class TanhPolicy(nn.Module):
         return (x,) if self.discrete else (x, self.log_std)
 
     def distribution(self, output):
-        """forward's output -> distribution over [...]."""
+        """forward's output -> distribution over states."""
         if self.discrete:
             return Categorical(logits=output[0], validate_args=False)
         mean, log_std = output
         normal = Normal(mean, log_std.exp(), validate_args=False)
-        return Independent(normal, 1, validate_args=False)  # T10: log-probs and KL SUM over action dimensions
+        return Independent(normal, 1, validate_args=False)  # T1: log-probs and KL SUM over action dimensions
 
     def to_env(self, action):
         """Actions are cut to [-1, 1] and stretched to the environment's box. Discrete: as it is."""
@@ -231,21 +233,21 @@ def rollout(policy, act_fn, env, models, seed=None, deterministic=False, record=
     Returns a dict of [T, N, ...] tensors, T at least the steps of the longest episode: obs, action, logprob,
     reward, success, valid (1 inside the episode, 0 after); if recorded state and next_state.
     """
-    env.set_tasks(models)  # T1: where a mass comes with its moments of inertia
+    env.set_tasks(models)  # T10: where a mass comes with its moments of inertia
     obs, info = env.reset(seed=seed, options={"state": True} if record else None)
     state = info.get("state")
     valid = torch.ones(env.num_envs, device=obs.device)
     no_success = torch.zeros_like(valid)
     steps = []
     for step in range(env.horizon):
+        if env.terminates and step % 10 == 0 and not bool(valid.any()):
+            break  # every episode is over
         if env.terminates and step % 10 == 0:
-            if not bool(valid.any()):
-                break  # every episode is over
-            env.rest(valid == 0)
+            env.rest(valid == 0)  # what follows an episode is no data: MuJoCo need not simulate it
         action, logprob = act_fn(policy, obs, deterministic)
-        steps.append({"obs": obs, "action": action, "logprob": logprob, "valid": valid})
+        played = {"obs": obs, "action": action, "logprob": logprob, "valid": valid}
         obs, reward, terminated, truncated, info = env.step(policy.to_env(action))
-        steps[-1] |= {"reward": reward, "success": info.get("success", no_success)}
+        steps.append({**played, "reward": reward, "success": info.get("success", no_success)})
         if record:  # T7: info's state is the one that this step led to; after an end, state is of no use
             steps[-1] |= {"state": state, "next_state": info["state"]}
             state = info["state"]
@@ -384,11 +386,14 @@ def fisher_product(policy, output, batch):
 
 
 def conjugate_gradient(product, b, steps, tolerance=1e-10):
-    """Solve A x = b for a positive definite A given as x -> A x. b: [n]. Returns x after at most steps."""
+    """Solve A x = b for a positive definite A given as x -> A x. b: [n]. Returns x after at most steps.
+
+    tolerance: of the squared residual, as a share of b's.
+    """
     x, residual = torch.zeros_like(b), b
     direction, square = residual, residual @ residual
     for _ in range(steps):
-        if square < tolerance:
+        if square <= tolerance * (b @ b):
             break
         image = product(direction)
         step = square / (direction @ image)
@@ -421,11 +426,11 @@ def policy_line_search(policy, batch, old_output, old_loss, step, args):
 def update(policy, batch, args):
     """A step of TRPO, in place. [Alg 1 l.9] batch: the chosen trajectories, as in select. Returns metrics."""
     output = policy(batch["obs"])
-    old_output = [x.detach().clone() for x in output]
+    old_output = [x.detach() for x in output]
     loss = surrogate_loss(policy, output, batch)
     gradient = flatten(torch.autograd.grad(loss, list(policy.parameters()), retain_graph=True))  # D1
     total, seen = len(batch["weight"]), batch
-    count = max(math.ceil(args.fisher_fraction * total), FISHER_STEPS)
+    count = max(math.ceil(round(args.fisher_fraction * total, 9)), FISHER_STEPS)
     if count < total:  # D3: at random, since steps stand in the order of time and trajectory
         some = torch.randperm(total, device=gradient.device)[:count]
         seen = {name: x[some] for name, x in batch.items()}
@@ -445,11 +450,14 @@ def update(policy, batch, args):
     return {name: float(x) for name, x in metrics.items()}
 
 
-def unexplained_variance(episodes):
-    """How much of the variance of returns the baseline leaves unexplained, over all trajectories."""
+def played_metrics(episodes, returns, chosen):
+    """Mean return of all trajectories and of the chosen ones, and how well the baseline explains them all."""
     inside = episodes["valid"] > 0
     ret, value = episodes["ret"][inside], episodes["value"][inside]
-    return ((ret - value) ** 2).mean() / ret.var(correction=0).clamp(min=1e-8)
+    explained = 1 - ((ret - value) ** 2).mean() / ret.var(correction=0).clamp(min=1e-8)
+    metrics = {"charts/return": returns.mean(), "charts/return_worst": returns[chosen].mean()}
+    metrics["debug/explained_variance"] = explained
+    return {name: float(x) for name, x in metrics.items()}
 
 
 # ================================ 5. Adapt ===============================
@@ -460,7 +468,8 @@ TEMPERING_STEPS = 20  # at most so many in a round [D5]
 def log_likelihood(env, particles, played, noise):
     """How well each model explains recorded steps: sum of log p(s' | s, a, model) + a constant. [Sec 3.2]
 
-    s' ~ N(simulate(model, s, a), (noise * spread)^2), spread: deviation of s' - s, by entry of the state.
+    s' ~ N(simulate(model, s, a), (noise * spread)^2), spread: how much an entry of the state changes in a
+    step, root mean square.
     particles: [P, task_dim]; played: a dict of state, next_state [M, state] and action [M, act], as the
     environment got it. Returns [P] in float64; not finite where a simulation failed. There is no prior in it,
     as the particles are draws from it.
@@ -470,7 +479,7 @@ def log_likelihood(env, particles, played, noise):
     repeated = (torch.cat([x] * len(particles)) for x in (state, action))
     predicted = env.simulate(rows, *repeated)
     rounding = 1e-6 * after.abs().amax(0).clamp(min=1)  # where nothing changes: what float32 can tell apart
-    spread = (after - state).std(0, correction=0).maximum(rounding)
+    spread = (after - state).square().mean(0).sqrt().maximum(rounding)
     error = (predicted.unflatten(0, (len(particles), -1)) - after) / (noise * spread)  # [P, M, state]
     return -(error.double() ** 2).sum((1, 2)) / 2
 
@@ -493,7 +502,7 @@ def tempered_weights(log_weights, min_ess):
     def weigh(beta):  # T8: softmax subtracts the largest first
         return (beta * log_weights).masked_fill(~known, -math.inf).softmax(0)
 
-    floor = min_ess * int(known.sum())
+    floor = min_ess * int(known.sum()) * (1 - 1e-9)  # of equal weights the size rounds to less than all
     if effective_sample_size(weigh(1.0)) >= floor:
         return weigh(1.0), 1.0
     low, high = 0.0, 1.0
@@ -575,8 +584,8 @@ def evaluate(policy, env, models, groups, act_fn, args):
     lengths = episodes["valid"].sum(0).unflatten(0, (len(models), -1))
     success = (episodes["success"] * episodes["valid"]).amax(0).unflatten(0, (len(models), -1))
     first, *others = groups
-    of_models = [x[groups[first]].mean(1, keepdim=True) for x in (returns, lengths, success)]
-    metrics = summarize(*of_models) if env.has_success else summarize(*of_models[:2])
+    *of_models, solved = (x[groups[first]].mean(1, keepdim=True) for x in (returns, lengths, success))
+    metrics = summarize(*of_models, solved if env.has_success else None)
     for group in groups:
         x, suffix = returns[groups[group]].flatten(), f"_{group}" if group in others else ""
         numbers = {"": x.mean(), "_std": x.std(correction=0)}
@@ -658,8 +667,8 @@ def parse_args(args_class, argv=None):
         fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py, which had other flags")
     saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
     args = parse(saved)
-    for name in [field.name for field in fields(args_class) if field.name not in ("resume", "evaluate")]:
-        given, was = getattr(args, name), getattr(saved, name)
+    for name, given in asdict(replace(args, resume="", evaluate="")).items():
+        was = getattr(saved, name)
         if given != was and (name not in MAY_CHANGE if args.resume else name == "env_id"):
             fail(f"--{name.replace('_', '-')} {given}: {checkpoint['file']} was trained with {was}")
     shortest = min(checkpoint["global_step"], saved.total_timesteps)  # the last iteration may go beyond it
@@ -678,12 +687,12 @@ def check_experiment(args):
     return torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
 
 
-def make_env(env_id, num_envs, device, seed):
+def make_env(env_id, num_envs, device, seed, flag="--env-id"):
     """common.make, whose complaints end the program in one line."""
     try:
         return common.make(env_id, num_envs=num_envs, device=device, seed=seed)
     except (ValueError, ImportError) as error:
-        fail(f"--env-id {env_id}: {error}")
+        fail(f"{flag} {env_id}: {error}")
 
 
 def clock(device):
@@ -822,28 +831,28 @@ def print_report(env, metrics, num_tasks, stage):
 
 def check_epopt(args):
     """Check the flags of this script, except for what depends on the environment."""
-    positive = ("num_models", "adapt_rounds", "target_episodes", "transitions", "particles")
-    for name in (*positive, "hidden_size", "cg_steps", "eval_episodes", "init_std", "max_kl", "model_noise"):
+    positive = "num_models adapt_rounds target_episodes transitions particles model_noise hidden_size"
+    positive += " init_std max_kl cg_steps eval_episodes"
+    for name in positive.split():
         require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
-    for name in ("warmup_iterations", "cg_damping", "eval_tasks"):
+    for name in "warmup_iterations cg_damping eval_tasks".split():
         require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
     for name in ("gamma", "gae_lambda"):
         require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "a number from 0 to 1")
     for name in ("epsilon", "fisher_fraction", "min_ess"):
         require(0 < getattr(args, name) <= 1, name, getattr(args, name), "more than 0, at most 1")
-    few = args.num_models * args.epsilon < 1 - 1e-9
-    require(not few, "num_models", args.num_models, f"at least 1 / epsilon, with --epsilon {args.epsilon}")
-    kinds = ("normal", "uniform", "single")
-    require(args.ensemble in kinds, "ensemble", args.ensemble, "normal, uniform or single")
-    one = args.adapt_to_target and args.ensemble == "single"
-    several = "normal or uniform: --adapt-to-target chooses among several models"
-    require(not one, "ensemble", args.ensemble, several)
-    useless = args.ensemble != "normal" and args.source_std
-    require(not useless, "source_std", args.source_std, "nothing: it belongs to --ensemble normal")
-    few = args.adapt_to_target and args.particles * args.min_ess < 5
-    require(
-        not few, "particles", args.particles, "at least 5 / min_ess, so that no round ends with one model"
-    )
+    kinds = "normal uniform single"
+    require(args.ensemble in kinds.split(), "ensemble", args.ensemble, f"one of {kinds}")
+    enough = args.num_models * args.epsilon >= 1 - 1e-9
+    require(enough, "num_models", args.num_models, f"at least 1 / epsilon, with --epsilon {args.epsilon}")
+    several = args.ensemble != "single" or not args.adapt_to_target
+    wanted = "normal or uniform: --adapt-to-target chooses among several models"
+    require(several, "ensemble", args.ensemble, wanted)
+    useful = args.ensemble == "normal" or not args.source_std
+    require(useful, "source_std", args.source_std, "nothing: it belongs to --ensemble normal")
+    enough = args.particles * args.min_ess >= 5 or not args.adapt_to_target
+    wanted = "at least 5 / min_ess, so that no round ends with one model"
+    require(enough, "particles", args.particles, wanted)
 
 
 def set_ensemble(env, args):
@@ -875,37 +884,32 @@ def held_out_models(env, args):
     end the target.
     """
     held_out = env.num_test_tasks
-    count = args.eval_tasks or min(10_000, held_out)
-    require(count <= held_out, "eval_tasks", count, f"at most {held_out}, all that are held out")
-    models = env.sample_tasks(count, split="test")
-    parts = env.test_groups or {"all": slice(0, count)}
-    groups = {
-        name: slice(rows.start, min(rows.stop, count)) for name, rows in parts.items() if rows.start < count
-    }
+    eval_tasks = args.eval_tasks or min(10_000, held_out)
+    require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
+    models = env.sample_tasks(eval_tasks, split="test")
+    parts = env.test_groups or {"all": slice(0, eval_tasks)}
+    parts = {name: rows for name, rows in parts.items() if rows.start < eval_tasks}
+    groups = {name: slice(rows.start, min(rows.stop, eval_tasks)) for name, rows in parts.items()}
     target = torch.tensor(args.target, device=env.device) if args.target else env.named_tasks.get("target")
-    require(
-        target is not None or not args.adapt_to_target,
-        "target",
-        args.target,
-        "a task row, as there is no other",
-    )
+    known = target is not None or not args.adapt_to_target
+    require(known, "target", args.target, "a task row, as there is no other")
     if target is not None and env.ensemble is not None:
         one_each = f"a positive number for each of {', '.join(env.parameter_names)}"
         fits = target.shape == env.task_space.shape and bool((target > 0).all() and target.isfinite().all())
         require(fits, "target", args.target, one_each)
         models = torch.cat([models, target.expand(TARGET_ROWS, -1)])
-        groups["target"] = slice(count, len(models))
+        groups["target"] = slice(eval_tasks, len(models))
     return models, groups
 
 
-def print_grid(report, groups):
+def print_grid(metrics, groups):
     """What print_report leaves out: the spread over episodes, for each group of models."""
     columns = ("", "_std", "_p10", "_cvar10")
     print("\n" + "".join(f"{name:>14}" for name in ("models", "return", "std", "p10", "cvar10")))
     for group in groups:
         suffix = "" if group == next(iter(groups)) else f"_{group}"
         keys = [f"eval/return{column}{suffix}" for column in columns]
-        print(f"{group:>14}" + "".join(f"{report[key]:14.3f}" for key in keys))
+        print(f"{group:>14}" + "".join(f"{metrics[key]:14.3f}" for key in keys))
 
 
 def print_source(env, source, target):
@@ -913,23 +917,6 @@ def print_source(env, source, target):
     print("\n" + "".join(f"{name:>18}" for name in ("adapted to", "mean", "std", "target")))
     for name, entry, true in zip(env.parameter_names, source.particles.T, target.tolist(), strict=True):
         print(f"{name:>18}{float(entry.mean()):18.3f}{float(entry.std()):18.3f}{true:18.3f}")
-
-
-def train_step(policy, act_fn, env, source, iteration, args):
-    """An iteration of [Alg 1]. Returns metrics, and how many steps were played."""
-    start = clock(env.device)
-    models = source.sample(env, args.num_models)
-    episodes = add_values(rollout(policy, act_fn, env, models), args.gamma, args.gae_lambda)
-    returns, steps = trajectory_returns(episodes), int(episodes["valid"].sum(dtype=torch.int64))
-    chosen = worst(returns, 1.0 if iteration < args.warmup_iterations else args.epsilon)
-    collected = clock(env.device)
-    metrics = update(policy, select(episodes, chosen), args)
-    learned = clock(env.device)
-    metrics["debug/explained_variance"] = 1 - float(unexplained_variance(episodes))
-    metrics |= {"charts/return": float(returns.mean()), "charts/return_worst": float(returns[chosen].mean())}
-    metrics |= {"charts/iteration": iteration + 1, "charts/SPS": steps / (learned - start)}
-    metrics |= {"time/rollout": collected - start, "time/update": learned - collected}
-    return metrics, steps
 
 
 def main(argv=None):
@@ -948,7 +935,6 @@ def main(argv=None):
     policy = TanhPolicy(obs_dim, action_space, args.hidden_size, args.init_std).to(device)
     source = Source(target_env, args.particles)  # not from env: what it draws must not depend on particles
     act_fn = torch.compile(draw_action) if args.compile else draw_action
-    modules = {"policy": policy, "env": env, "source": source, "target_env": target_env}  # all with a state
     if args.evaluate:
         restore(checkpoint, {"policy": policy})
         report = evaluate(policy, eval_env, models, groups, act_fn, args)
@@ -956,6 +942,7 @@ def main(argv=None):
         print_grid(report, groups)
         return
 
+    modules = {"policy": policy, "env": env, "source": source, "target_env": target_env}  # all with a state
     iteration = global_step = 0
     if checkpoint:
         restore(checkpoint, modules)
@@ -967,13 +954,27 @@ def main(argv=None):
 
     with tqdm(total=total, initial=global_step, unit="step", unit_scale=True) as bar:
         while global_step < total:
-            metrics, steps = train_step(policy, act_fn, env, source, iteration, args)
+            start = clock(device)
+            now = replace(args, max_kl=args.max_kl * (1 - global_step / total))  # D8
+
+            # Collect: a trajectory of each of N models, and of these the worst.
+            episodes = rollout(policy, act_fn, env, source.sample(env, args.num_models))
+            episodes = add_values(episodes, args.gamma, args.gae_lambda)
+            returns, steps = trajectory_returns(episodes), int(episodes["valid"].sum(dtype=torch.int64))
+            chosen = worst(returns, 1.0 if iteration < args.warmup_iterations else args.epsilon)
+            collected = clock(device)
+            metrics = update(policy, select(episodes, chosen), now)
             rounds = int(source.rounds)
             due = (global_step + steps) / total >= (rounds + 1) / (args.adapt_rounds + 1)
             if args.adapt_to_target and rounds < args.adapt_rounds and due:  # D6
                 adapted, played = adapt(policy, act_fn, target_env, source, models[-1], args)
                 metrics, steps = metrics | adapted, steps + played
-            iteration, global_step, learned = iteration + 1, global_step + steps, clock(device)
+            learned = clock(device)
+
+            metrics |= played_metrics(episodes, returns, chosen)
+            iteration, global_step = iteration + 1, global_step + steps
+            metrics |= {"charts/iteration": iteration, "charts/SPS": steps / (learned - start)}
+            metrics |= {"time/rollout": collected - start, "time/update": learned - collected}
             check_finite(run, global_step, metrics)
             if iteration % args.eval_every == 0 or global_step >= total:
                 report = evaluate(policy, eval_env, models, groups, act_fn, args)

@@ -76,7 +76,7 @@ import os
 import re
 import textwrap
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its idle threads would spin on MuJoCo's cores
@@ -117,8 +117,8 @@ class Args:
     inner_objective: str = "logprob"  # logprob (the authors'), or dice: the full second derivative [D1]
     first_order: bool = False  # first-order MAML: drop all second derivatives
     oracle: bool = False  # tell the policy its task; with inner_steps 0 this is the "told" reference line
-    hidden_size: int = 64  # width of the policy's two hidden layers [D2]
-    init_std: float = 1.0  # standard deviation of the first actions, whose bounds are -1 and 1 [D3]
+    hidden_size: int = 64  # width of the policy's two hidden layers
+    init_std: float = 1.0  # standard deviation of the first actions, whose bounds are -1 and 1
     gamma: float = 0.99  # discount per step
     gae_lambda: float = 0.98  # GAE: 1 uses whole sampled returns, less leans on the baseline [D4]
     max_kl: float = 0.01  # delta, how far one meta-step may move the adapted policies
@@ -128,14 +128,14 @@ class Args:
     tasks_at_once: int = 2  # tasks whose derivatives are taken together; 0: all, for a GPU
     eval_episodes: int = 40  # episodes of a gradient step at evaluation (the paper's number)
     eval_lr_factor: float = 0.25  # at evaluation, of all steps but the first; give 1 where K > 1 [D6]
-    eval_tasks: int = 0  # held-out tasks to evaluate on, all at once; 0: all there are, at most 100
+    eval_tasks: int = 0  # held-out tasks to evaluate on; 0: all there are, at most 100
 
 
 # ============================== 2. Networks ==============================
 
 
 class Policy(nn.Module):
-    """Two hidden layers whose weights are an argument, so that every task can have weights of its own."""
+    """Two hidden layers whose weights are an argument: every task can have weights of its own. [D2]"""
 
     def __init__(self, obs_dim, action_space, hidden_size, init_std):
         super().__init__()
@@ -210,7 +210,7 @@ def rollout(policy, act_fn, env, tasks, phi, oracle, seed=None):
             break  # every episode is over
         x = torch.cat([obs, told], 1).unflatten(0, (num_tasks, -1))  # [N, E, obs]
         action, logprob = act_fn(policy, x, phi)
-        obs, reward, terminated, truncated, info = env.step(policy.to_env(action.flatten(0, 1)))
+        obs, reward, terminated, truncated, info = env.step(policy.to_env(action.flatten(0, 1)))  # D3
         played = {"reward": reward, "valid": valid, "success": info.get("success", no_success)}
         played = {name: value.unflatten(0, (num_tasks, -1)) for name, value in played.items()}
         steps.append({"obs": x, "action": action, "logprob": logprob, **played})
@@ -373,11 +373,14 @@ def fisher_product(policy, output, batch):
 
 
 def conjugate_gradient(product, b, steps, tolerance=1e-10):
-    """Solve A x = b for a positive definite A given as x -> A x. b: [n]. Returns x after at most steps."""
+    """Solve A x = b for a positive definite A given as x -> A x. b: [n]. Returns x after at most steps.
+
+    tolerance: of the squared residual, as a share of b's.
+    """
     x, residual = torch.zeros_like(b), b
     direction, square = residual, residual @ residual
     for _ in range(steps):
-        if square < tolerance:
+        if square <= tolerance * (b @ b):
             break
         image = product(direction)
         step = square / (direction @ image)
@@ -406,9 +409,9 @@ def line_search(policy, parts, old_outputs, old_loss, step, args):
     parts: as split_tasks makes them of K inner batches and the outer one; old_outputs: one for each part.
     Returns the loss, the KL and the fraction of the step that was taken (0: none). [T8]
     """
-    theta = flatten(policy.theta).detach()
+    theta = flatten(policy.parameters()).detach()
     for fraction in [0.8**k for k in range(15)]:  # numbers of the authors' code
-        vector_to_parameters(theta + fraction * step, policy.theta)
+        vector_to_parameters(theta + fraction * step, policy.parameters())
         loss = kl = 0.0
         for ((*inner, outer), share), old_output in zip(parts, old_outputs, strict=True):
             output = adapted_output(policy, inner, outer, args, create_graph=False)
@@ -416,7 +419,7 @@ def line_search(policy, parts, old_outputs, old_loss, step, args):
             kl = kl + share * mean_kl(policy, output, old_output, outer).detach()
         if loss < old_loss and kl <= args.max_kl:  # false for nan, too
             return loss, kl, fraction
-    vector_to_parameters(theta, policy.theta)
+    vector_to_parameters(theta, policy.parameters())
     return old_loss, torch.zeros_like(old_loss), 0.0
 
 
@@ -430,11 +433,11 @@ def update(policy, inner, outer, args):
     old_outputs = [[x.detach() for x in output] for output in outputs]
     both = list(zip(outputs, parts, strict=True))
     loss = sum(share * surrogate_loss(policy, output, part[-1]) for output, (part, share) in both)
-    gradient = flatten(torch.autograd.grad(loss, list(policy.theta), retain_graph=True))
+    gradient = flatten(torch.autograd.grad(loss, list(policy.parameters()), retain_graph=True))
     products = []
     for output, ((*some_inner, some), share) in both:
         if args.fisher_fraction < 1:  # D5
-            count = math.ceil(args.fisher_fraction * some["weight"].shape[2])
+            count = math.ceil(round(args.fisher_fraction * some["weight"].shape[2], 9))
             some = {name: x[:, :, :count] for name, x in some.items()}
             some["weight"] = some["weight"] / some["weight"].sum((1, 2), keepdim=True)
             output = adapted_output(policy, some_inner, some, args)
@@ -573,8 +576,8 @@ def parse_args(args_class, argv=None):
         fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py, which had other flags")
     saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
     args = parse(saved)
-    for name in [field.name for field in fields(args_class) if field.name not in ("resume", "evaluate")]:
-        given, was = getattr(args, name), getattr(saved, name)
+    for name, given in asdict(replace(args, resume="", evaluate="")).items():
+        was = getattr(saved, name)
         if given != was and (name not in MAY_CHANGE if args.resume else name == "env_id"):
             fail(f"--{name.replace('_', '-')} {given}: {checkpoint['file']} was trained with {was}")
     shortest = min(checkpoint["global_step"], saved.total_timesteps)  # the last iteration may go beyond it
@@ -593,12 +596,12 @@ def check_experiment(args):
     return torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
 
 
-def make_env(env_id, num_envs, device, seed):
+def make_env(env_id, num_envs, device, seed, flag="--env-id"):
     """common.make, whose complaints end the program in one line."""
     try:
         return common.make(env_id, num_envs=num_envs, device=device, seed=seed)
     except (ValueError, ImportError) as error:
-        fail(f"--env-id {env_id}: {error}")
+        fail(f"{flag} {env_id}: {error}")
 
 
 def clock(device):
@@ -737,16 +740,17 @@ def print_report(env, metrics, num_tasks, stage):
 
 def check_maml(args):
     """Check the flags of this script, except for what depends on the environment."""
-    positive = ("num_tasks", "episodes_per_task", "hidden_size", "cg_steps", "eval_episodes")
-    for name in (*positive, "inner_lr", "init_std", "max_kl", "eval_lr_factor"):
+    positive = "num_tasks episodes_per_task inner_lr hidden_size init_std max_kl cg_steps"
+    positive += " eval_episodes eval_lr_factor"
+    for name in positive.split():
         require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
-    for name in ("inner_steps", "cg_damping", "tasks_at_once", "eval_tasks"):
+    for name in "inner_steps cg_damping tasks_at_once eval_tasks".split():
         require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
     for name in ("gamma", "gae_lambda"):
         require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "a number from 0 to 1")
     require(0 < args.fisher_fraction <= 1, "fisher_fraction", args.fisher_fraction, "more than 0, at most 1")
-    known = args.inner_objective in ("logprob", "dice")
-    require(known, "inner_objective", args.inner_objective, "logprob or dice")
+    kinds = "logprob dice"
+    require(args.inner_objective in kinds.split(), "inner_objective", args.inner_objective, f"one of {kinds}")
 
 
 def main(argv=None):
@@ -755,22 +759,23 @@ def main(argv=None):
     check_maml(args)
     torch.manual_seed(args.seed)
 
-    num_envs = args.num_tasks * args.episodes_per_task
-    env = make_env(args.env_id, 1 if args.evaluate else num_envs, device, args.seed)
-    eval_tasks, held_out = args.eval_tasks or min(100, env.num_test_tasks), env.num_test_tasks
+    num_envs = 1 if args.evaluate else args.num_tasks * args.episodes_per_task
+    env = make_env(args.env_id, num_envs, device, args.seed)
+    held_out = env.num_test_tasks
+    eval_tasks = args.eval_tasks or min(100, held_out)
     require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
     eval_env = make_env(args.env_id, eval_tasks * args.eval_episodes, device, seed=0)
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
     obs_dim += args.oracle * env.task_space.shape[0]
     policy = Policy(obs_dim, action_space, args.hidden_size, args.init_std).to(device)
     act_fn = torch.compile(act) if args.compile else act
-    modules = {"policy": policy, "env": env}  # all that has a state
     if args.evaluate:
         restore(checkpoint, {"policy": policy})
         report = evaluate(policy, eval_env, eval_tasks, act_fn, args)
         print_report(eval_env, report, eval_tasks, "gradient steps")
         return
 
+    modules = {"policy": policy, "env": env}  # all that has a state
     iteration = global_step = 0
     if checkpoint:
         restore(checkpoint, modules)
@@ -787,11 +792,11 @@ def main(argv=None):
             # Collect: a meta-batch of tasks, played before and after every gradient step.
             tasks = env.sample_tasks(args.num_tasks)
             *inner, outer = adapt(policy, act_fn, env, tasks, [args.inner_lr] * args.inner_steps, args)
+            steps = int(sum(batch["valid"].sum(dtype=torch.int64) for batch in (*inner, outer)))
             collected = clock(device)
             metrics = update(policy, inner, outer, args)
             learned = clock(device)
 
-            steps = int(sum(batch["valid"].sum(dtype=torch.int64) for batch in (*inner, outer)))
             iteration, global_step = iteration + 1, global_step + steps
             metrics |= {"charts/iteration": iteration, "charts/SPS": steps / (learned - start)}
             metrics |= {"time/rollout": collected - start, "time/update": learned - collected}

@@ -98,7 +98,7 @@ import os
 import re
 import textwrap
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its idle threads would spin on MuJoCo's cores
@@ -132,13 +132,13 @@ class Args:
     resume: str = ""  # run folder (or checkpoint) to continue, on a CPU bit for bit; flags are remembered
     evaluate: str = ""  # run folder (or checkpoint) to evaluate, then exit; flags of evaluation may differ
 
-    context: str = "task"  # what the policy is told: task (its row), onehot (its number), goal or none
     train_tasks: int = 200  # training tasks, drawn once: each has a ring of replay of its own
     episodes_per_task: int = 1  # episodes of every training task in an iteration
     updates_per_step: float = 0.025  # gradient steps per environment step
     num_tasks: int = 64  # N, tasks of a batch
-    batch_size: int = 16  # transitions of each of them in the losses
+    batch_size: int = 16  # transitions of each of them in the critics' and the actor's losses
     replay_episodes: int = 200  # episodes that a task's ring holds
+    context: str = "task"  # what the policy is told: task (its row), onehot (its number), goal or none
     heads: bool = False  # an output layer a task (actor and critics) on a shared trunk, with --context onehot
     her: str = "none"  # hindsight: none, or goals from the episode's final step, or from any future one
     her_k: int = 4  # hindsight: of k + 1 transitions k get another goal, in whole numbers
@@ -322,9 +322,10 @@ def sample_action(actor, x, deterministic=False):
 def rollout(agent, act_fn, env, context, seed=None, deterministic=False):
     """Play one episode in every environment, told the same from its first step to its last. [D1]
 
-    context: [B, context]; seed: of starts. Returns a dict of [B, T, ...] tensors, T at least the steps of the
-    longest episode: obs [B, T + 1, obs], the last one included, action, reward, train_reward, terminated,
-    success, valid (1 inside the episode, 0 after).
+    context: [B, context]; seed: of starts and noise.
+    Returns a dict of [B, T, ...] tensors, T at least the steps of the longest episode: obs [B, T + 1, obs],
+    the last one included, action, reward, train_reward, terminated, success, valid (1 inside the episode,
+    0 after).
     """
     obs, _ = env.reset(seed=seed)
     valid = torch.ones(env.num_envs, device=obs.device)
@@ -455,6 +456,23 @@ def hindsight(replay, tasks, batch, episode, step, env, args):
     return {**batch, **merged}
 
 
+def draw_batch(replay, tasks, contexts, scales, env, args):
+    """A batch with as many transitions of each task, and what the policy is told in them. tasks: [N].
+
+    contexts: [K, context], what it is told on each training task; scales: [K], factors on rewards. Returns a
+    dict of [N, M, ...].
+    """
+    episode, step = replay.draw(tasks, args.batch_size)  # T4
+    batch = replay.take(tasks, episode, step)
+    batch["context"] = contexts[tasks][:, None].expand(-1, args.batch_size, -1)  # [N, M, context]
+    if args.her == "none":
+        batch["reward"] = batch["train_reward"]
+    else:
+        batch = hindsight(replay, tasks, batch, episode, step, env, args)
+    batch["reward"] = scales[tasks][:, None] * batch["reward"]
+    return batch
+
+
 # =============================== 4. Update ===============================
 
 
@@ -485,11 +503,6 @@ def temperature_loss(alpha, logprob, target_entropy):
     return -(alpha * (logprob + target_entropy)).mean()
 
 
-def flatten(tensors):
-    """A list of tensors -> one vector."""
-    return torch.cat([x.reshape(-1) for x in tensors])
-
-
 def descend(optimizer, loss, parameters):
     """One step of the optimizer on these parameters and no others."""
     optimizer.zero_grad()  # to None, and what has no gradient is left alone
@@ -514,46 +527,28 @@ def sac_step(agent, optimizer, batch, tasks, args):
     x, next_x = (agent.normalizer(torch.cat([batch[name], told], -1)) for name in ("obs", "next_obs"))
     alpha = agent.temperature().detach()[tasks][:, None]  # [N, 1]. T8, D3
 
-    terminated = batch["terminated"]
-    target = critic_target(agent.actor, agent.target, next_x, batch["reward"], terminated, alpha, args.gamma)
+    reward, terminated = batch["reward"], batch["terminated"]
+    y = critic_target(agent.actor, agent.target, next_x, reward, terminated, alpha, args.gamma)
     values = agent.critic(x, batch["action"])
-    td_loss = critic_loss(values, target)
+    td_loss = critic_loss(values, y)
     critics = list(agent.critic.parameters())
     descend(optimizer, td_loss, critics)
-    grad_norm = flatten([p.grad for p in critics]).norm()
+    grad_norm = nn.utils.get_total_norm([p.grad for p in critics])
 
     pi_loss, logprob = actor_loss(agent.actor, agent.critic, x, alpha)
     descend(optimizer, pi_loss, list(agent.actor.parameters()))
-    actor_grad_norm = flatten([p.grad for p in agent.actor.parameters()]).norm()
     if args.autotune:
         alpha_loss = temperature_loss(agent.temperature()[tasks][:, None], logprob, -agent.actor.action_dim)
         descend(optimizer, alpha_loss, list(agent.temperature.parameters()))
     follow(agent.target, agent.critic, args.tau)
 
-    explained = 1 - td_loss / 2 / target.var(correction=0).clamp(min=1e-8)
+    explained = 1 - td_loss / 2 / y.var(correction=0).clamp(min=1e-8)
     metrics = {"losses/critic": td_loss, "losses/actor": pi_loss, "debug/alpha": alpha.mean()}
     metrics |= {"debug/entropy": -logprob.mean(), "debug/q": values.mean(), "debug/grad_norm": grad_norm}
-    metrics |= {"debug/explained_variance": explained, "debug/grad_norm_actor": actor_grad_norm}
+    metrics["debug/explained_variance"] = explained
     lowest, highest = agent.temperature().aminmax()
     metrics |= {"debug/alpha_min": lowest, "debug/alpha_max": highest}
     return {name: value.detach() for name, value in metrics.items()}
-
-
-def draw_batch(replay, tasks, contexts, scales, env, args):
-    """A batch with as many transitions of each task, and what the policy is told in them. tasks: [N].
-
-    contexts: [K, context], what it is told on each training task; scales: [K], factors on rewards. Returns a
-    dict of [N, M, ...].
-    """
-    episode, step = replay.draw(tasks, args.batch_size)  # T4
-    batch = replay.take(tasks, episode, step)
-    batch["context"] = contexts[tasks][:, None].expand(-1, args.batch_size, -1)  # [N, M, context]
-    if args.her == "none":
-        batch["reward"] = batch["train_reward"]
-    else:
-        batch = hindsight(replay, tasks, batch, episode, step, env, args)
-    batch["reward"] = scales[tasks][:, None] * batch["reward"]
-    return batch
 
 
 def update(agent, optimizer, step_fn, replay, contexts, scales, env, count, args):
@@ -591,25 +586,23 @@ def adapt(tasks, known, kind):
 
 # ============================== 6. Evaluate ==============================
 
-EVAL_SEED = 20_190_319  # of starts and actions in every evaluation of every run
+EVAL_SEED = 20_190_319  # of starts, noise and actions in every evaluation of every run
 
 
 def evaluate(agent, env, tasks, act_fn, args):
     """Play eval_episodes on the frozen held-out tasks [B, task_dim], told what --context says of them.
 
-    Nothing changes from one to the next. Named tasks get a mean of their own, too.
+    Nothing changes from one to the next. Named tasks get a mean of their own, too. [T12]
     """
     context = adapt(tasks, agent.tasks, args.context)
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
         env.set_tasks(tasks)
-        episodes = []
-        for number in range(args.eval_episodes):
-            settings = (EVAL_SEED + number, args.deterministic_eval)
-            episodes.append(rollout(agent, act_fn, env, context, *settings))
+        seeds = range(EVAL_SEED, EVAL_SEED + args.eval_episodes)
+        episodes = [rollout(agent, act_fn, env, context, seed, args.deterministic_eval) for seed in seeds]
     returns = torch.stack([(episode["reward"] * episode["valid"]).sum(1) for episode in episodes], 1)
     lengths = torch.stack([episode["valid"].sum(1) for episode in episodes], 1)
-    success = torch.stack([(episode["success"] * episode["valid"]).amax(1) for episode in episodes], 1)  # T12
+    success = torch.stack([(episode["success"] * episode["valid"]).amax(1) for episode in episodes], 1)
     metrics = summarize(returns, lengths, success if env.has_success else None)
     for name, row in env.named_tasks.items():
         own = (tasks == row).all(1)
@@ -685,8 +678,8 @@ def parse_args(args_class, argv=None):
         fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py, which had other flags")
     saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
     args = parse(saved)
-    for name in [field.name for field in fields(args_class) if field.name not in ("resume", "evaluate")]:
-        given, was = getattr(args, name), getattr(saved, name)
+    for name, given in asdict(replace(args, resume="", evaluate="")).items():
+        was = getattr(saved, name)
         if given != was and (name not in MAY_CHANGE if args.resume else name == "env_id"):
             fail(f"--{name.replace('_', '-')} {given}: {checkpoint['file']} was trained with {was}")
     shortest = min(checkpoint["global_step"], saved.total_timesteps)  # the last iteration may go beyond it
@@ -705,12 +698,12 @@ def check_experiment(args):
     return torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
 
 
-def make_env(env_id, num_envs, device, seed):
+def make_env(env_id, num_envs, device, seed, flag="--env-id"):
     """common.make, whose complaints end the program in one line."""
     try:
         return common.make(env_id, num_envs=num_envs, device=device, seed=seed)
     except (ValueError, ImportError) as error:
-        fail(f"--env-id {env_id}: {error}")
+        fail(f"{flag} {env_id}: {error}")
 
 
 def clock(device):
@@ -913,13 +906,13 @@ def main(argv=None):
     torch.manual_seed(args.seed)
 
     env = make_env(args.env_id, 1 if args.evaluate else args.train_tasks, device, args.seed)
-    eval_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
+    held_out = env.num_test_tasks
+    eval_tasks = args.eval_tasks or min(10_000, held_out)
     require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
     eval_env = make_env(args.env_id, eval_tasks, device, seed=0)
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
     continuous = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
     require(continuous, "env_id", args.env_id, "a task distribution with continuous actions between bounds")
-
     tasks, test_tasks = env.sample_tasks(args.train_tasks), eval_env.sample_tasks(eval_tasks, split="test")
     agent = make_contextual_agent(obs_dim, tasks, action_space, args).to(device)
     act_fn = torch.compile(sample_action) if args.compile else sample_action
@@ -953,6 +946,7 @@ def main(argv=None):
         while global_step < total:
             start = clock(device)
 
+            # Collect: an episode or more of every training task, told what it is.
             steps = collect(agent, act_fn, env, contexts, replay, args)
             collected = clock(device)
             count = max(1, round(steps * args.updates_per_step))

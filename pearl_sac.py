@@ -99,7 +99,7 @@ import os
 import re
 import textwrap
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its idle threads would spin on MuJoCo's cores
@@ -136,7 +136,7 @@ class Args:
     episodes_per_task: int = 3  # E, episodes of every training task in an iteration: a round
     prior_episodes: int = 1  # of them the first so many have z from the prior
     updates_per_step: float = 0.025  # gradient steps per environment step
-    num_tasks: int = 64  # N, tasks of a meta-batch
+    num_tasks: int = 64  # N, tasks of a batch
     batch_size: int = 16  # transitions of each of them in the critics' and the actor's losses
     replay_episodes: int = 1000  # episodes that a task's ring holds
     context: str = "episodes"  # whole episodes as at test, or transitions: as many single ones [D2]
@@ -171,19 +171,6 @@ def mlp(input_dim, hidden_size, hidden_layers, output_dim):
     for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], output_dim))
-
-
-class Encoder(nn.Module):
-    """A Gaussian factor over z from each transition of context. [Sec 4.1]"""
-
-    def __init__(self, context_dim, latent_size, hidden_size, hidden_layers):
-        super().__init__()
-        self.net = mlp(context_dim, hidden_size, hidden_layers, 2 * latent_size)
-
-    def forward(self, context):
-        """[N, C, context] -> mean, var of the factors, each [N, C, latent]."""
-        mean, spread = self.net(context).chunk(2, -1)
-        return mean, F.softplus(spread)
 
 
 class Actor(nn.Module):
@@ -241,17 +228,27 @@ class Temperature(nn.Module):
         return self.log_alpha.exp()
 
 
+class Encoder(nn.Module):
+    """A Gaussian factor over z from each transition of context. [Sec 4.1]"""
+
+    def __init__(self, context_dim, latent_size, hidden_size, hidden_layers):
+        super().__init__()
+        self.net = mlp(context_dim, hidden_size, hidden_layers, 2 * latent_size)
+
+    def forward(self, context):
+        """[N, C, context] -> mean, var of the factors, each [N, C, latent]."""
+        mean, spread = self.net(context).chunk(2, -1)
+        return mean, F.softplus(spread)
+
+
 def make_agent(obs_dim, action_space, args):
     """All networks: encoder, actor, critic, target (of the critic) and temperature."""
     size, x_dim = (args.hidden_size, args.hidden_layers), obs_dim + args.latent_size
     action_dim = action_space.shape[0]
     context_dim = obs_dim + action_dim + 1 + obs_dim * args.context_next_obs
-    networks = {
-        "encoder": Encoder(context_dim, args.latent_size, *size),
-        "actor": Actor(x_dim, action_space, *size),
-        "critic": TwinCritic(x_dim + action_dim, *size),
-        "temperature": Temperature(args.alpha),
-    }
+    networks = {"encoder": Encoder(context_dim, args.latent_size, *size)}
+    networks |= {"actor": Actor(x_dim, action_space, *size), "critic": TwinCritic(x_dim + action_dim, *size)}
+    networks["temperature"] = Temperature(args.alpha)
     return nn.ModuleDict({**networks, "target": copy.deepcopy(networks["critic"])})
 
 
@@ -270,12 +267,13 @@ def sample_action(actor, x, deterministic=False):
 
 
 @torch.no_grad()
-def rollout(actor, act_fn, env, z, seed=None, deterministic=False):
+def rollout(agent, act_fn, env, z, seed=None, deterministic=False):
     """Play one episode in every environment, z held from its first step to its last. [Alg 2] [T8]
 
-    z: [B, latent]; seed: of starts. Returns a dict of [B, T, ...] tensors, T at least the steps of the
-    longest episode: obs [B, T + 1, obs], the last one included, action, reward, train_reward, terminated,
-    success, valid (1 inside the episode, 0 after).
+    z: [B, latent]; seed: of starts and noise.
+    Returns a dict of [B, T, ...] tensors, T at least the steps of the longest episode: obs [B, T + 1, obs],
+    the last one included, action, reward, train_reward, terminated, success, valid (1 inside the episode,
+    0 after).
     """
     obs, _ = env.reset(seed=seed)
     valid = torch.ones(env.num_envs, device=obs.device)
@@ -284,8 +282,8 @@ def rollout(actor, act_fn, env, z, seed=None, deterministic=False):
     for step in range(env.horizon):
         if env.terminates and step % 10 == 0 and not bool(valid.any()):
             break  # every episode is over
-        action, _ = act_fn(actor, torch.cat([obs, z], 1), deterministic)
-        obs, reward, terminated, truncated, info = env.step(actor.to_env(action))
+        action, _ = act_fn(agent.actor, torch.cat([obs, z], 1), deterministic)
+        obs, reward, terminated, truncated, info = env.step(agent.actor.to_env(action))
         observations.append(info["final_obs"])  # T7: obs itself may already be the next episode's
         played = {"action": action, "reward": reward, "train_reward": info.get("dense_reward", reward)}
         ended = {"terminated": terminated.float()}  # T6: truncated is no end of the task
@@ -354,8 +352,7 @@ def context_features(batch, next_obs):
 
 def episode_context(episode, args):
     """An episode as rollout returns it -> context [B, C, context] and its weight [B, C], 0 for padding."""
-    batch = {name: episode[name] for name in ("action", "reward")}
-    batch |= {"obs": episode["obs"][:, :-1], "next_obs": episode["obs"][:, 1:]}
+    batch = {**episode, "obs": episode["obs"][:, :-1], "next_obs": episode["obs"][:, 1:]}
     context = context_features(batch, args.context_next_obs)
     return context[:, :: args.context_stride], episode["valid"][:, :: args.context_stride]
 
@@ -445,11 +442,6 @@ def temperature_loss(alpha, logprob, target_entropy):
     return -(alpha * (logprob + target_entropy)).mean()
 
 
-def flatten(tensors):
-    """A list of tensors -> one vector."""
-    return torch.cat([x.reshape(-1) for x in tensors])
-
-
 def descend(optimizer, loss, parameters):
     """One step of the optimizer on these parameters and no others."""
     optimizer.zero_grad()  # to None, and what has no gradient is left alone
@@ -475,32 +467,31 @@ def gradient_step(agent, optimizer, batch, context, weight, args):
     x, next_x = (torch.cat([batch[name], z.detach()], -1) for name in ("obs", "next_obs"))
     alpha = agent.temperature().detach()
 
-    reward = args.reward_scale * batch["train_reward"]
-    target = critic_target(agent.actor, agent.target, next_x, reward, batch["terminated"], alpha, args.gamma)
+    reward, terminated = args.reward_scale * batch["train_reward"], batch["terminated"]
+    y = critic_target(agent.actor, agent.target, next_x, reward, terminated, alpha, args.gamma)
     values = agent.critic(torch.cat([batch["obs"], z], -1), batch["action"])  # T4: z with its gradient
-    td_loss = critic_loss(values, target)
+    td_loss = critic_loss(values, y)
     inferring = [*agent.critic.parameters(), *agent.encoder.parameters()]
     descend(optimizer, td_loss + args.kl_coef * kl, inferring)
-    grad_norm = flatten([p.grad for p in inferring]).norm()
+    grad_norm = nn.utils.get_total_norm([p.grad for p in inferring])
 
     pi_loss, logprob = actor_loss(agent.actor, agent.critic, x, alpha)  # T4: x holds z.detach()
     descend(optimizer, pi_loss, list(agent.actor.parameters()))
-    actor_grad_norm = flatten([p.grad for p in agent.actor.parameters()]).norm()
     if args.autotune:
         alpha_loss = temperature_loss(agent.temperature(), logprob, -agent.actor.action_dim)
         descend(optimizer, alpha_loss, list(agent.temperature.parameters()))
     follow(agent.target, agent.critic, args.tau)
 
-    explained = 1 - td_loss / 2 / target.var(correction=0).clamp(min=1e-8)
-    metrics = {"losses/critic": td_loss, "losses/actor": pi_loss, "debug/kl": kl, "debug/alpha": alpha.mean()}
+    explained = 1 - td_loss / 2 / y.var(correction=0).clamp(min=1e-8)
+    metrics = {"losses/critic": td_loss, "losses/actor": pi_loss, "debug/alpha": alpha.mean()}
     metrics |= {"debug/entropy": -logprob.mean(), "debug/q": values.mean(), "debug/grad_norm": grad_norm}
-    metrics["debug/grad_norm_actor"] = actor_grad_norm
-    metrics |= {"debug/explained_variance": explained, "debug/posterior_std": var.sqrt().mean()}
+    metrics["debug/explained_variance"] = explained
+    metrics |= {"debug/kl": kl, "debug/posterior_std": var.sqrt().mean()}
     return {name: value.detach() for name, value in metrics.items()}
 
 
 def update(agent, optimizer, step_fn, replay, count, args):
-    """count gradient steps, each on a meta-batch of its own. Returns the mean of their metrics."""
+    """count gradient steps, each on a batch of its own. Returns the mean of their metrics."""
     sums = {}
     for _ in range(count):
         tasks = torch.randperm(args.train_tasks, device=replay.length.device)[: args.num_tasks]
@@ -530,7 +521,7 @@ def adapt(agent, act_fn, env, num_episodes, prior_episodes, args, seed=None, det
         if number >= prior_episodes:
             mean, var = product_of_gaussians(*(torch.cat(parts, 1) for parts in zip(*factors, strict=True)))
         episode_seed = None if seed is None else seed + number
-        episode = rollout(agent.actor, act_fn, env, sample_z(mean, var), episode_seed, deterministic)
+        episode = rollout(agent, act_fn, env, sample_z(mean, var), episode_seed, deterministic)
         episodes.append(episode)
         beliefs.append((mean, var))
     return episodes, beliefs
@@ -538,14 +529,15 @@ def adapt(agent, act_fn, env, num_episodes, prior_episodes, args, seed=None, det
 
 # ============================== 6. Evaluate ==============================
 
-EVAL_SEED = 20_190_319  # of starts, z and actions in every evaluation of every run
+EVAL_SEED = 20_190_319  # of starts, noise and actions in every evaluation of every run
 
 
 def evaluate(agent, env, num_tasks, act_fn, args):
     """Play eval_episodes on the frozen held-out tasks, beginning with no knowledge of them. [T11]"""
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
-        env.set_tasks(env.sample_tasks(num_tasks, split="test"))
+        tasks = env.sample_tasks(num_tasks, split="test")  # a list of their own, the same at every call
+        env.set_tasks(tasks)
         number = (args.eval_episodes, args.eval_prior_episodes)
         episodes, beliefs = adapt(agent, act_fn, env, *number, args, EVAL_SEED, args.deterministic_eval)
     returns = torch.stack([(episode["reward"] * episode["valid"]).sum(1) for episode in episodes], 1)
@@ -621,8 +613,8 @@ def parse_args(args_class, argv=None):
         fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py, which had other flags")
     saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
     args = parse(saved)
-    for name in [field.name for field in fields(args_class) if field.name not in ("resume", "evaluate")]:
-        given, was = getattr(args, name), getattr(saved, name)
+    for name, given in asdict(replace(args, resume="", evaluate="")).items():
+        was = getattr(saved, name)
         if given != was and (name not in MAY_CHANGE if args.resume else name == "env_id"):
             fail(f"--{name.replace('_', '-')} {given}: {checkpoint['file']} was trained with {was}")
     shortest = min(checkpoint["global_step"], saved.total_timesteps)  # the last iteration may go beyond it
@@ -641,12 +633,12 @@ def check_experiment(args):
     return torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
 
 
-def make_env(env_id, num_envs, device, seed):
+def make_env(env_id, num_envs, device, seed, flag="--env-id"):
     """common.make, whose complaints end the program in one line."""
     try:
         return common.make(env_id, num_envs=num_envs, device=device, seed=seed)
     except (ValueError, ImportError) as error:
-        fail(f"--env-id {env_id}: {error}")
+        fail(f"{flag} {env_id}: {error}")
 
 
 def clock(device):
@@ -790,21 +782,21 @@ def check_pearl(args):
     positive += " eval_prior_episodes updates_per_step lr reward_scale alpha"
     for name in positive.split():
         require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
-    for name in ("kl_coef", "eval_tasks"):
+    for name in "kl_coef eval_tasks".split():
         require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
     require(0 <= args.gamma < 1, "gamma", args.gamma, "at least 0 and below 1")
     require(0 < args.tau <= 1, "tau", args.tau, "more than 0, at most 1")
-    for name, allowed in (("context", ("episodes", "transitions")), ("context_data", ("all", "prior"))):
-        require(getattr(args, name) in allowed, name, getattr(args, name), " or ".join(allowed))
-    most, per_round = args.train_tasks, args.episodes_per_task
+    for name, allowed in (("context", "episodes transitions"), ("context_data", "all prior")):
+        require(getattr(args, name) in allowed.split(), name, getattr(args, name), f"one of {allowed}")
+    most = args.train_tasks
     require(args.num_tasks <= most, "num_tasks", args.num_tasks, f"at most {most}, the training tasks")
+    per_round = args.episodes_per_task
     for name in ("prior_episodes", "context_episodes"):
         value, limit = getattr(args, name), f"at most {per_round}, the episodes of a round"
         require(value <= per_round, name, value, limit)
     stored, needed = args.replay_episodes, per_round * args.context_rounds
-    require(
-        stored >= needed, "replay_episodes", stored, f"at least {needed}, the rounds that context is from"
-    )
+    limit = f"at least {needed}, the rounds that context is from"
+    require(stored >= needed, "replay_episodes", stored, limit)
 
 
 def main(argv=None):
@@ -814,7 +806,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
 
     env = make_env(args.env_id, 1 if args.evaluate else args.train_tasks, device, args.seed)
-    eval_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
+    held_out = env.num_test_tasks
+    eval_tasks = args.eval_tasks or min(10_000, held_out)
     require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
     eval_env = make_env(args.env_id, eval_tasks, device, seed=0)
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
@@ -825,13 +818,14 @@ def main(argv=None):
     step_fn = torch.compile(gradient_step) if args.compile else gradient_step
     if args.evaluate:
         restore(checkpoint, {"agent": agent})
-        print_report(eval_env, evaluate(agent, eval_env, eval_tasks, act_fn, args), eval_tasks, "episode")
+        report = evaluate(agent, eval_env, eval_tasks, act_fn, args)
+        print_report(eval_env, report, eval_tasks, "episode")
         return
 
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True)
     rings = (args.train_tasks, args.replay_episodes)
     replay = ReplayBuffer(*rings, env.horizon, obs_dim, action_space.shape[0], device)
-    env.set_tasks(env.sample_tasks(args.train_tasks))  # from here on, in every round
+    env.set_tasks(env.sample_tasks(args.train_tasks))  # from here on, in every episode
     modules = {"agent": agent, "optimizer": optimizer, "replay": replay, "env": env}  # all that has a state
     iteration = global_step = 0
     if checkpoint:
@@ -864,8 +858,8 @@ def main(argv=None):
             if iteration % args.eval_every == 0 or global_step >= total:
                 report = evaluate(agent, eval_env, eval_tasks, act_fn, args)
                 metrics |= {**report, "time/evaluate": clock(device) - learned}
-                first, last = (report[f"eval/return_ep{k}"] for k in (0, args.eval_episodes - 1))
-                bar.set_postfix(held_out=f"{first:.2f} -> {last:.2f}")
+                before, after = (report[f"eval/return_ep{stage}"] for stage in (0, args.eval_episodes - 1))
+                bar.set_postfix(held_out=f"{before:.2f} -> {after:.2f}")
             log(run, global_step, metrics)
             if iteration % args.save_every == 0 or global_step >= total:
                 save_checkpoint(run, args, modules, iteration, global_step)

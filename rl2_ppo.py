@@ -71,17 +71,17 @@ import os
 import re
 import textwrap
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its idle threads would spin on MuJoCo's cores
 
 import gymnasium as gym
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import common  # task distributions; what one of your own has to offer is said in common/base.py
@@ -118,7 +118,7 @@ class Args:
     value_coef: float = 0.5  # weight of the critic's loss beside the policy's
     max_grad_norm: float = 1.0  # longer gradients are shortened to this length
     bptt_window: int = 0  # backpropagate through so many steps, a divisor of a trial's [D6, T6]; 0: all
-    eval_tasks: int = 0  # held-out tasks, a trial on each; 0: all there are, at most 10,000
+    eval_tasks: int = 0  # held-out tasks to evaluate on; 0: all there are, at most 10,000
 
 
 # ============================== 2. Networks ==============================
@@ -300,8 +300,8 @@ def popart_update(agent, ret, valid, rate):
     agent.return_std.copy_(std)
 
 
-def update(agent, optimizer, data, hidden, entropy_coef, args):
-    """One gradient step on b of the sequences: data [window, b, ...], hidden [b, H]. Returns metrics, [].
+def ppo_step(agent, optimizer, data, hidden, entropy_coef, args):
+    """One gradient step on b of the sequences: data [window, b, ...], hidden [b, H]. Returns metrics.
 
     hidden was stored without its gradient, so backpropagation stops where a window begins. [D6]
     """
@@ -319,10 +319,10 @@ def update(agent, optimizer, data, hidden, entropy_coef, args):
     kl = masked_mean(logratio.exp() - 1 - logratio, valid)  # KL(pi_old || pi), an estimator of low variance
     metrics = {"losses/policy": pg_loss, "losses/value": v_loss, "debug/entropy": entropy, "debug/kl": kl}
     metrics |= {"debug/clipfrac": clipfrac, "debug/grad_norm": grad_norm}
-    return {name: metric.detach() for name, metric in metrics.items()}
+    return {name: value.detach() for name, value in metrics.items()}
 
 
-def ppo_epochs(agent, optimizer, update_fn, trials, window, first, anneal, args):
+def update(agent, optimizer, step_fn, trials, window, first, anneal, args):
     """All gradient steps of an iteration on trials, rollout's dict. Returns metrics, means over the steps.
 
     first: is it the first one, which takes the scale of the returns over at once; anneal: falls from 1 to 0.
@@ -335,7 +335,7 @@ def ppo_epochs(agent, optimizer, update_fn, trials, window, first, anneal, args)
     for _ in range(args.epochs):
         for index in torch.randperm(len(hidden), device=hidden.device).chunk(args.minibatches):
             part = {name: x[:, index] for name, x in data.items()}
-            steps.append(update_fn(agent, optimizer, part, hidden[index], args.entropy_coef * anneal, args))
+            steps.append(step_fn(agent, optimizer, part, hidden[index], args.entropy_coef * anneal, args))
     metrics = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
     metrics["debug/explained_variance"] = 1 - (error_std / ret_std) ** 2
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # in one transfer
@@ -364,16 +364,13 @@ EVAL_SEED = 20_161_109  # of starts, noise and actions in every evaluation of ev
 
 
 def evaluate(agent, env, num_episodes):
-    """Play a trial on each of env.num_envs frozen held-out tasks and average; training does not notice. [T7]
-
-    What is held out is for the task distribution to decide: see its "test" split. Actions are
-    sampled, as in training: what is measured is the policy that was optimised.
-    """
+    """Play a trial on each of env.num_envs frozen held-out tasks, actions sampled as in training. [T7]"""
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
         tasks = env.sample_tasks(env.num_envs, split="test")  # a list of their own, the same at every call
         returns, lengths, success = adapt(agent, env, tasks, num_episodes, seed=EVAL_SEED)
-    metrics, total = summarize(returns, lengths, success if env.has_success else None), returns.sum(1)
+    metrics = summarize(returns, lengths, success if env.has_success else None)
+    total = returns.sum(1)
     metrics["eval/return_trial"] = float(total.mean())
     metrics["eval/return_trial_se"] = float(total.std(correction=0)) * max(len(total) - 1, 1) ** -0.5
     return metrics
@@ -444,8 +441,8 @@ def parse_args(args_class, argv=None):
         fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py, which had other flags")
     saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
     args = parse(saved)
-    for name in [field.name for field in fields(args_class) if field.name not in ("resume", "evaluate")]:
-        given, was = getattr(args, name), getattr(saved, name)
+    for name, given in asdict(replace(args, resume="", evaluate="")).items():
+        was = getattr(saved, name)
         if given != was and (name not in MAY_CHANGE if args.resume else name == "env_id"):
             fail(f"--{name.replace('_', '-')} {given}: {checkpoint['file']} was trained with {was}")
     shortest = min(checkpoint["global_step"], saved.total_timesteps)  # the last iteration may go beyond it
@@ -464,12 +461,12 @@ def check_experiment(args):
     return torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
 
 
-def make_env(env_id, num_envs, device, seed):
+def make_env(env_id, num_envs, device, seed, flag="--env-id"):
     """common.make, whose complaints end the program in one line."""
     try:
         return common.make(env_id, num_envs=num_envs, device=device, seed=seed)
     except (ValueError, ImportError) as error:
-        fail(f"--env-id {env_id}: {error}")
+        fail(f"{flag} {env_id}: {error}")
 
 
 def clock(device):
@@ -608,10 +605,10 @@ def print_report(env, metrics, num_tasks, stage):
 
 def check_rl2(args):
     """Check the flags of this script, except for what depends on the environment."""
-    positive = ("num_envs", "episodes_per_trial", "hidden_size", "epochs", "minibatches")
-    for name in (*positive, "lr", "clip", "max_grad_norm"):
+    positive = "num_envs episodes_per_trial hidden_size epochs minibatches lr clip max_grad_norm"
+    for name in positive.split():
         require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
-    for name in ("entropy_coef", "value_coef", "bptt_window", "eval_tasks"):
+    for name in "entropy_coef value_coef bptt_window eval_tasks".split():
         require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
     for name in ("gamma", "gae_lambda"):
         require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "a number from 0 to 1")
@@ -624,14 +621,13 @@ def main(argv=None):
     torch.manual_seed(args.seed)
 
     env = make_env(args.env_id, 1 if args.evaluate else args.num_envs, device, args.seed)
-    eval_tasks, held_out = args.eval_tasks or min(10_000, env.num_test_tasks), env.num_test_tasks
+    held_out = env.num_test_tasks
+    eval_tasks = args.eval_tasks or min(10_000, held_out)
     require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
     eval_env = make_env(args.env_id, eval_tasks, device, seed=0)
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
     agent = RecurrentActorCritic(obs_dim, action_space, args.hidden_size).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)
-    update_fn = torch.compile(update) if args.compile else update
-    modules = {"agent": agent, "optimizer": optimizer, "env": env}  # all that has a state
+    step_fn = torch.compile(ppo_step) if args.compile else ppo_step
     if args.evaluate:
         restore(checkpoint, {"agent": agent})
         report = evaluate(agent, eval_env, args.episodes_per_trial)
@@ -643,6 +639,8 @@ def main(argv=None):
     require(trial_steps % window == 0, "bptt_window", window, f"a divisor of {trial_steps}, a trial's steps")
     sequences, parts = args.num_envs * (trial_steps // window), args.minibatches
     require(sequences % parts == 0, "minibatches", parts, f"a divisor of {sequences}, a batch's sequences")
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)
+    modules = {"agent": agent, "optimizer": optimizer, "env": env}  # all that has a state
     iteration = global_step = 0
     if checkpoint:
         restore(checkpoint, modules)
@@ -661,11 +659,11 @@ def main(argv=None):
             # Collect: a new task in every environment, and a trial of each.
             tasks = env.sample_tasks(args.num_envs)
             trials = rollout(agent, env, tasks, args.episodes_per_trial, window)
+            steps = int(trials["valid"].sum(dtype=torch.int64))  # padding is not experience
             collected = clock(device)
-            metrics = ppo_epochs(agent, optimizer, update_fn, trials, window, iteration == 0, anneal, args)
+            metrics = update(agent, optimizer, step_fn, trials, window, iteration == 0, anneal, args)
             learned = clock(device)
 
-            steps = int(trials["valid"].sum(dtype=torch.int64))  # padding is not experience
             metrics["charts/return"] = float((trials["reward"] * trials["valid"]).sum(0).mean())
             iteration, global_step = iteration + 1, global_step + steps
             metrics |= {"charts/iteration": iteration, "charts/SPS": steps / (learned - start)}

@@ -162,10 +162,15 @@ def epopt_step(device, env_id="HalfCheetahEnsemble-v0", repeats=3, **flags):
     sizes = (env.single_observation_space.shape[0], env.single_action_space, args.hidden_size, args.init_std)
     policy, source = epopt.TanhPolicy(*sizes).to(device), epopt.Source(env, args.particles)
     rows = []
-    for iteration in range(repeats + 1):
-        step = (policy, epopt.draw_action, env, source, iteration, args)
-        metrics, _ = epopt.train_step(*step)
-        rows.append([metrics[key] for key in ("time/rollout", "time/update", "charts/SPS")])
+    for _ in range(repeats + 1):
+        start = epopt.clock(device)
+        episodes = epopt.rollout(policy, epopt.draw_action, env, source.sample(env, args.num_models))
+        episodes = epopt.add_values(episodes, args.gamma, args.gae_lambda)
+        chosen, steps = epopt.worst(epopt.trajectory_returns(episodes), args.epsilon), episodes["valid"].sum()
+        collected = epopt.clock(device)
+        epopt.update(policy, epopt.select(episodes, chosen), args)
+        learned = epopt.clock(device)
+        rows.append([collected - start, learned - collected, float(steps) / (learned - start)])
     playing, learning, sps = (statistics.median(column) for column in zip(*rows[1:], strict=True))
     print(f"\nepopt.py on {env_id}, {args.num_models} models, epsilon {args.epsilon:g}, {device}")
     print(f"  seconds: play {playing:.2f}, update {learning:.2f}; {sps:,.0f} env steps/s")
@@ -406,13 +411,13 @@ def rl2(device, env_id, repeats=7, compiled=False, **flags):
     obs_dim, steps = env.single_observation_space.shape[0], args.episodes_per_trial * env.horizon
     agent = rl2_ppo.RecurrentActorCritic(obs_dim, env.single_action_space, args.hidden_size).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)
-    update_fn = torch.compile(rl2_ppo.update) if compiled else rl2_ppo.update
+    step_fn = torch.compile(rl2_ppo.ppo_step) if compiled else rl2_ppo.ppo_step
     stages = {"rollout": [], "update": []}
     for _ in range(repeats + 2):
         start = rl2_ppo.clock(device)
         trials = rl2_ppo.rollout(agent, env, env.sample_tasks(args.num_envs), args.episodes_per_trial, steps)
         collected = rl2_ppo.clock(device)
-        rl2_ppo.ppo_epochs(agent, optimizer, update_fn, trials, steps, False, 1.0, args)
+        rl2_ppo.update(agent, optimizer, step_fn, trials, steps, False, 1.0, args)
         stages["rollout"].append(collected - start)
         stages["update"].append(rl2_ppo.clock(device) - collected)
     seconds = {stage: statistics.median(times[2:]) for stage, times in stages.items()}

@@ -197,10 +197,10 @@ def test_actions_are_stretched_to_the_environments_box():
 
 def play(module, env, z=None, **options):
     args = small_args(module)
-    actor = make_agent(module, args, env.single_observation_space.shape[0]).actor
+    agent = make_agent(module, args, env.single_observation_space.shape[0])
     z = torch.randn(env.num_envs, LATENT) if z is None else z
     torch.manual_seed(1)
-    return module.rollout(actor, module.sample_action, env, z, **options)
+    return module.rollout(agent, module.sample_action, env, z, **options)
 
 
 def check_an_episode_is_recorded_as_it_was(module):
@@ -249,8 +249,7 @@ def check_z_is_held(module):
         seen.append(x[:, 2:].clone())
         return module.sample_action(actor, x, deterministic)
 
-    actor = make_agent(module, small_args(module)).actor
-    module.rollout(actor, act, env, z)
+    module.rollout(make_agent(module, small_args(module)), act, env, z)
     assert len(seen) == 20 and all(torch.equal(x, z) for x in seen)
 
 

@@ -166,7 +166,7 @@ def check_first_update_has_ratio_one(module):
             ratio = (policy.log_prob(batch["action"]) - batch["logprob"]).exp()
             assert (ratio - 1).abs().max() < 1e-5
             optimizer = torch.optim.SGD(agent.parameters(), lr=1e-3)
-            metrics = module.update(agent, optimizer, batch, hidden, 0.0, small_args(module))
+            metrics = module.ppo_step(agent, optimizer, batch, hidden, 0.0, small_args(module))
             assert metrics["debug/kl"].abs() < 1e-6 and metrics["debug/clipfrac"] == 0
 
 
@@ -380,7 +380,9 @@ def check_the_last_step_teaches_the_first(module):
     batch["x"][0, :, 0] = 1.0  # only the first step has anything in column 0
     batch["valid"] = torch.zeros_like(batch["valid"])
     batch["valid"][-1] = 1.0
-    module.update(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, hidden, 0.0, small_args(module))
+    module.ppo_step(
+        agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, hidden, 0.0, small_args(module)
+    )
     assert agent.gru.weight_ih_l0.grad[:, 0].norm() > 1e-6
 
 
@@ -486,7 +488,7 @@ def test_an_update_is_one_step_down_the_sum_of_the_three_losses():
     entropy = (0.5 + 0.5 * math.log(2 * math.pi) + agent.log_std).sum()
     loss = -surrogate.mean() + 0.7 * 0.5 * (error**2).mean() - 0.01 * entropy
     gradient = torch.autograd.grad(loss, list(agent.parameters()))
-    metrics = rl2.update(agent, torch.optim.SGD(agent.parameters(), lr=0.5), batch, hidden, 0.01, args)
+    metrics = rl2.ppo_step(agent, torch.optim.SGD(agent.parameters(), lr=0.5), batch, hidden, 0.01, args)
     for parameter, was, slope in zip(agent.parameters(), before, gradient, strict=True):
         torch.testing.assert_close(parameter.detach(), was - 0.5 * slope, atol=1e-4, rtol=1e-4)
     assert metrics["losses/policy"].item() == pytest.approx(-surrogate.mean().item(), abs=1e-5)
@@ -502,23 +504,23 @@ def test_long_gradients_are_shortened():
     args = small_args(rl2, max_grad_norm=0.01)
     batch, hidden = rl2.make_sequences(trials, 12, args)
     before = torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])
-    rl2.update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), batch, hidden, 0.0, args)
+    rl2.ppo_step(agent, torch.optim.SGD(agent.parameters(), lr=1.0), batch, hidden, 0.0, args)
     after = torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])
     assert (after - before).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_ppo_epochs_shows_every_sequence_once_an_epoch():
+def test_update_shows_every_sequence_once_an_epoch():
     env = CueTask(8, seed=1)
     agent, trials = play(rl2, env)
     seen = []
 
     def spy(agent, optimizer, sequences, hidden, entropy_coef, args):
         seen.append(sequences["x"].transpose(0, 1).flatten(1))
-        return rl2.update(agent, optimizer, sequences, hidden, entropy_coef, args)
+        return rl2.ppo_step(agent, optimizer, sequences, hidden, entropy_coef, args)
 
     args = small_args(rl2, epochs=3, minibatches=4)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3)
-    metrics = rl2.ppo_epochs(agent, optimizer, spy, trials, 6, True, 1.0, args)
+    metrics = rl2.update(agent, optimizer, spy, trials, 6, True, 1.0, args)
     assert [len(x) for x in seen] == [2] * 12 and all(isinstance(value, float) for value in metrics.values())
     everything = sorted(trials["x"].transpose(0, 1).flatten(1).tolist())
     for epoch in range(3):
@@ -567,7 +569,7 @@ def check_padding_moves_nothing(module):
         trials["action"] = torch.where(padding & (junk > 0), 2 - trials["action"], trials["action"])
         batch, hidden = module.make_sequences(trials, 4, small_args(module))
         module.popart_update(agent, batch["ret"], batch["valid"], 1.0)
-        metrics = module.update(
+        metrics = module.ppo_step(
             agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, hidden, 0.01, small_args(module)
         )
         gradient = [parameter.grad.clone() for parameter in agent.parameters()]
