@@ -269,7 +269,7 @@ class ActorHeads(nn.Module):
 
     def to_env(self, action):
         """[-1, 1] -> the environment's box."""
-        return self.shared.to_env(action.repeat(1, self.heads))[:, : self.action_dim]
+        return self.shared.to_env(torch.cat([action] * self.heads, -1))[..., : self.action_dim]
 
 
 class CriticHeads(nn.Module):

@@ -248,9 +248,10 @@ def masked_std(x, valid):
 
 
 def make_sequences(trials, window, args):
-    """Trials -> what PPO learns from: a dict of [window, S, ...], S = T / window * B, and hidden [S, H].
+    """Trials -> what PPO learns from: a dict of [window, S, ...] and hidden [S, H].
 
-    Where valid is 0 the entries mean nothing.
+    S = T / window * B, less those windows that begin after their trial's end. Where valid is 0 the entries mean
+    nothing.
     """
     valid, value = trials["valid"], trials["value"]
     advantage = gae(trials["reward"], value, valid, args.gamma, args.gae_lambda)  # T2: of the whole trial
@@ -261,7 +262,8 @@ def make_sequences(trials, window, args):
     window = min(window, len(value))  # of whole trials, which may all have ended early
     # T6: a window keeps its order in time; [T, B, ...] -> [T / window, window, B, ...] -> [window, S, ...]
     data = {name: x.unflatten(0, (-1, window)).transpose(0, 1).flatten(1, 2) for name, x in data.items()}
-    return data, trials["hidden"].flatten(0, 1)
+    some = data["valid"].amax(0) > 0  # T8
+    return {name: x[:, some] for name, x in data.items()}, trials["hidden"].flatten(0, 1)[some]
 
 
 # =============================== 4. Update ===============================
@@ -290,10 +292,10 @@ def popart_update(agent, ret, valid, rate):
 
     ret, valid: [T, B]; rate: 1 takes the new moments over, less follows slowly. Changes the agent in place.
     """
-    batch_mean, batch_square = masked_mean(ret, valid), masked_mean(ret**2, valid)
+    batch_mean, batch_std = masked_mean(ret, valid), masked_std(ret, valid)
     mean = torch.lerp(agent.return_mean, batch_mean, rate)
-    square = torch.lerp(agent.return_std**2 + agent.return_mean**2, batch_square, rate)
-    std = (square - mean**2).clamp(min=1e-6).sqrt()
+    between = rate * (1 - rate) * (batch_mean - agent.return_mean) ** 2  # variance of a mixture of the two
+    std = (torch.lerp(agent.return_std**2, batch_std**2, rate) + between).clamp(min=1e-6).sqrt()
     agent.critic.weight.mul_(agent.return_std / std)
     agent.critic.bias.mul_(agent.return_std).add_(agent.return_mean - mean).div_(std)
     agent.return_mean.copy_(mean)
@@ -331,6 +333,9 @@ def update(agent, optimizer, step_fn, trials, window, first, anneal, args):
     error_std = masked_std(data["ret"] - data["value"], data["valid"])
     ret_std = masked_std(data["ret"], data["valid"]).clamp(min=1e-6)
     popart_update(agent, data["ret"], data["valid"], rate=1.0 if first else 0.1)  # .1: some ten iterations
+    if first:  # what an untrained critic predicts is not worth keeping: it begins at the mean return
+        for parameter in agent.critic.parameters():
+            nn.init.zeros_(parameter)
     steps = []
     for _ in range(args.epochs):
         for index in torch.randperm(len(hidden), device=hidden.device).chunk(args.minibatches):

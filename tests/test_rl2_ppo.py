@@ -143,7 +143,8 @@ def test_windows_begin_with_the_memory_that_was_there_when_they_were_played(wind
         steps, longest = len(trials["x"]), int(trials["valid"].sum(0).max())
         look_every = 1 if window == 12 else window  # it stops when all are over, windows where one ends
         assert longest < 12 and steps == min(12, math.ceil(longest / look_every) * look_every)
-        sequences = math.ceil(steps / window) * 6
+        lengths = trials["valid"].sum(0).tolist()
+        sequences = sum(math.ceil(length / window) for length in lengths)  # none that holds padding only
         assert batch["x"].shape[:2] == (min(window, steps), sequences) and hidden.shape == (sequences, 8)
         policy, value, _ = agent(batch["x"], hidden[None])
         torch.testing.assert_close(policy.log_prob(batch["action"]), batch["logprob"], atol=1e-5, rtol=1e-5)
@@ -632,6 +633,24 @@ def test_following_the_scale_of_the_returns_moves_no_prediction_and_reaches_thei
             assert agent.return_std.item() == pytest.approx(inside.std(correction=0).item(), rel=1e-4)
             ret = ret - 390
     assert agent.return_mean.item() == pytest.approx(inside.mean().item() - 390, abs=0.5)
+
+
+def test_the_scale_of_returns_that_differ_little_is_not_lost_in_rounding():
+    agent = make_agent(rl2, FuseTask(6))
+    for mean, std in ((300, 0.1), (2000, 0.5)):
+        rl2.popart_update(agent, mean + std * torch.randn(50, 100), torch.ones(50, 100), 1.0)
+        assert agent.return_std.item() == pytest.approx(std, rel=0.05)
+
+
+def test_the_first_returns_do_not_drown_the_policy_in_the_critics_error():
+    """A critic that predicts 0 where returns are 200 +- 2 would have an error of 100 deviations."""
+    env = FuseTask(6)
+    agent, trials = play(rl2, env)
+    trials["reward"] = trials["reward"] * 0.1 + 100
+    optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
+    args = small_args(rl2, gae_lambda=1.0, gamma=0.0, epochs=1, minibatches=1)
+    metrics = rl2.update(agent, optimizer, rl2.ppo_step, trials, len(trials["x"]), True, 1.0, args)
+    assert metrics["losses/value"] == pytest.approx(0.5, abs=0.01)
 
 
 def test_constant_returns_do_not_divide_by_zero():
