@@ -360,8 +360,8 @@ def episode_context(episode, args):
 def sample_context(replay, tasks, args):
     """Context for a meta-batch, much as it will arrive on a new task. tasks: [N]. [T5]
 
-    Rounds of E episodes lie one after the other in the ring, whole ones, at least one. Draws for each task one
-    of the last context_rounds, and for all of them how many of its first episodes are known: 1 to
+    Whole rounds of E episodes, at least one, lie one after the other in the ring. Draws for each task one of
+    the last context_rounds, and for all of them how many of its first episodes are known: 1 to
     context_episodes (context_data prior: to prior_episodes, if that is less). Returns context [N, C, context]
     and weight [N, C].
     """

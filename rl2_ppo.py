@@ -250,8 +250,8 @@ def masked_std(x, valid):
 def make_sequences(trials, window, args):
     """Trials -> what PPO learns from: a dict of [window, S, ...] and hidden [S, H].
 
-    S = T / window * B, less those windows that begin after their trial's end. Where valid is 0 the entries mean
-    nothing.
+    S = T / window * B, less the windows that begin after their trial's end. Where valid is 0 the entries
+    mean nothing.
     """
     valid, value = trials["valid"], trials["value"]
     advantage = gae(trials["reward"], value, valid, args.gamma, args.gae_lambda)  # T2: of the whole trial

@@ -1,21 +1,25 @@
 """How fast the scripts are, where the time goes, and how far that is from the raw limit, measured in one run.
 
     python -m benchmark.throughput [envs] [physics] [rl2] [maml] [pearl] [mtl] [metaworld]
-                                   [darc] [epopt] [--device cpu|cuda] [--threads N] [--write]
+                                   [darc] [epopt] [peer] [--device cpu|cuda] [--threads N] [--write]
 
 --write puts the figures into results/throughput.csv, from which benchmark.report fills the README's tables of
 speed; do that with nothing else running. Every figure is a median over repetitions after a burn-in. Peers'
 figures were measured by us on another machine of two cores, so a ratio to them says an order of magnitude;
-ratios inside a run are good to a few %.
+ratios inside a run are good to a few %. But one peer is measured beside ours, in turns: `peer` wants
+`pip install stable-baselines3`.
 """
 
 import argparse
 import csv
 import dataclasses
+import json
 import os
 import platform
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the scripts have it, before PyTorch is loaded
 
@@ -211,6 +215,37 @@ def maml(device, env_id, repeats=5, **flags):
         products, whole = seconds_of_products(lambda: maml_trpo.update(policy, inner, outer, args))
         print(f"  matrix products are {products / whole:.0%} of the update")
         note(name, products=products / whole)
+
+
+def peer(turns=3, steps=32_768):
+    """Env steps/s end to end of stable-baselines3's PPO on Hopper and of epopt.py on its ensemble, in turns.
+
+    epopt.py is taken where its Hopper runs for a second or two, not where it falls at once.
+    """
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+
+    ppo = PPO("MlpPolicy", make_vec_env("Hopper-v5", n_envs=8, seed=1), device="cpu", seed=1)
+    ppo.learn(16_384)  # burn-in
+    flags = "--env-id HopperEnsemble-v0 --num-models 240 --max-kl 0.03 --gamma 0.995 --gae-lambda 0.97"
+    flags += " --eval-every 1000 --save-every 1000 --eval-tasks 10 --eval-episodes 1 --device cpu"
+    theirs, ours = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(turns + 1):
+            start = time.perf_counter()
+            ppo.learn(steps)
+            theirs.append(steps / (time.perf_counter() - start))
+            begun = ["--resume", *map(str, Path(folder).iterdir())]  # once there is a run
+            total = ["--total-timesteps", str(1_000_000 * (turn + 1))]
+            epopt.main([*(begun if turn else [*flags.split(), "--run-dir", folder]), *total])
+            (file,) = Path(folder).glob("*/metrics.jsonl")
+            rows = [json.loads(row) for row in file.read_text().splitlines()]
+            new = [row for row in rows if row["global_step"] > 1_000_000 * turn]
+            ours.append(statistics.median(row["charts/SPS"] for row in new))
+    theirs, ours = statistics.median(theirs[1:]), statistics.median(ours[1:])
+    print(f"\nHopper: epopt.py {ours:,.0f} env steps/s end to end, {ours / theirs:.1f} times")
+    print(f"  stable-baselines3's PPO with 8 environments, {theirs:,.0f}, measured in turns")
+    note("peer_Hopper", epopt=ours, sb3=theirs, ratio=ours / theirs)
 
 
 def seconds_of_products(function):
@@ -441,7 +476,7 @@ def rl2(device, env_id, repeats=7, compiled=False, **flags):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "what", nargs="*", help="envs, physics, rl2, maml, pearl, mtl, darc, epopt, metaworld"
+        "what", nargs="*", help="envs, physics, rl2, maml, pearl, mtl, darc, epopt, metaworld, peer"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's own choice")
@@ -489,6 +524,8 @@ def main():
                 darc(options.device, compiled=compiled, method=method)
     if "metaworld" in what:
         metaworld()
+    if "peer" in what:
+        peer()
     if "rl2" in what:
         sps = rl2(options.device, "GridNavi-v0", **GRIDNAVI)
         print(f"  {sps / VARIBAD_GRIDNAVI_SPS:.0f} times varibad's {VARIBAD_GRIDNAVI_SPS} env steps/s")
