@@ -117,15 +117,15 @@ import common  # task distributions; what one of your own has to offer is said i
 class Args:
     env_id: str = "CartPoleRunEnsemble-v0"  # task distribution: one of common.ids(), or your_module:YourId-v0
     seed: int = 1  # of all that is random in training; evaluation has frozen seeds of its own
-    total_timesteps: int = 16_000_000  # environment steps of training, adapting too; iterations are whole
+    total_timesteps: int = 8_000_000  # environment steps of training, adapting too; iterations are whole
     device: str = "auto"  # auto (a GPU if there is one), cpu or cuda
     compile: bool = False  # torch.compile acting or gradient steps, see main: may pay on a GPU
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline works
     wandb_project: str = "onefile-meta-rl"  # W&B project
     wandb_entity: str = ""  # W&B user or team; empty: your default one
     run_dir: str = "runs"  # parent folder of this run's own folder
-    eval_every: int = 20  # iterations between evaluations on the held-out tasks
-    save_every: int = 20  # iterations between checkpoints
+    eval_every: int = 10  # iterations between evaluations on the held-out tasks
+    save_every: int = 10  # iterations between checkpoints
     resume: str = ""  # run folder (or checkpoint) to continue, on a CPU bit for bit; flags are remembered
     evaluate: str = ""  # run folder (or checkpoint) to evaluate, then exit; flags of evaluation may differ
 
@@ -149,7 +149,7 @@ class Args:
     init_std: float = 1.0  # standard deviation of the first actions, whose bounds are -1 and 1
     gamma: float = 0.99  # discount per step
     gae_lambda: float = 1.0  # GAE: 1 uses whole sampled returns, less leans on the baseline
-    max_kl: float = 0.02  # delta, how far one iteration may move the policy; falls linearly to zero [D8]
+    max_kl: float = 0.05  # delta, how far one iteration may move the policy; falls linearly to zero [D8]
     cg_steps: int = 10  # conjugate gradient iterations, one Fisher product each
     cg_damping: float = 1e-5  # added to the diagonal of F
     fisher_fraction: float = 0.1  # share of the steps in the Fisher products, but 1,000 of them at least [D3]

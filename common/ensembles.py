@@ -7,10 +7,9 @@ CartPoleEnsemble-v0     CartPole-v1 with any force from -10 to 10 N: the cart's 
                         half-length. Reward 1 for every step; the episode is over 2.4 m from the middle, where
                         the pole leans by more than 12 degrees, or after 500 steps. Not varied: the force.
 CartPoleRunEnsemble-v0  The same cart with a weaker motor, 3 N, on a track without ends: a hopper in small.
-                        Reward v + 1, v the cart's speed to the right in m/s, until the pole leans by more
+                        Reward 1 + 2 v, v the cart's speed to the right in m/s, until the pole leans by more
                         than 12 degrees, or 200 steps. To run, the pole must lean; but a heavy cart cannot
-                        catch a pole that leans as far as a light one can. Heavy carts are rare: the range
-                        ends 2.7 deviations from the mean.
+                        catch a pole that leans as far as a light one can.
 PendulumEnsemble-v0     Pendulum-v1, to be swung up: mass and length. 200 steps. Not varied: gravity.
 
 Training models are truncated normals, each parameter on its own, as in EPOpt (Rajeswaran et al. 2017,
@@ -244,7 +243,7 @@ class CartPoleRunEnsemble(CartPoleEnsemble):
     """task_dim 4; obs [B, 3]: m/s, .1 rad, .5 rad/s; action in [-1, 1] times 3 N, .02 s a step."""
 
     motor, usual_horizon = 3.0, 200
-    parameters = CartPoleEnsemble.parameters | {"cart mass": (1.2, 0.3, 0.4, 2.0)}
+    parameters = CartPoleEnsemble.parameters | {"cart mass": (1.2, 0.45, 0.3, 2.1)}
 
     def __init__(self, num_envs, horizon=None, device="cpu", seed=None):
         super().__init__(num_envs, horizon, 3, device, seed)
@@ -256,7 +255,7 @@ class CartPoleRunEnsemble(CartPoleEnsemble):
     def _transition(self, state, action):
         after = self.simulate(self._task, state, action)
         fallen = after[:, 2].abs() > UPRIGHT
-        return after, (1 + after[:, 1]).float(), fallen, self._inform(after)
+        return after, (1 + 2 * after[:, 1]).float(), fallen, self._inform(after)
 
 
 class PendulumEnsemble(Ensemble):

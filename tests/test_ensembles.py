@@ -188,7 +188,9 @@ def test_a_cart_that_runs_is_the_same_cart_paid_for_its_speed_and_has_no_end_of_
     for action in actions(env, 40):
         expected = slow.simulate(weaker, state, action)
         obs, reward, terminated, _, info = env.step(action)
-        assert torch.allclose(info["state"], expected) and torch.allclose(reward, 1 + expected[:, 1].float())
+        assert torch.allclose(info["state"], expected) and torch.allclose(
+            reward, 1 + 2 * expected[:, 1].float()
+        )
         seen = torch.stack([expected[:, 1], expected[:, 2] * 10, expected[:, 3] * 2], 1).float()
         assert torch.allclose(info["final_obs"], seen)
         assert torch.equal(terminated, expected[:, 2].abs() > 24 * math.pi / 360)
