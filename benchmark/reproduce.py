@@ -305,9 +305,9 @@ ENTRIES = {
     ),
     "epopt_run": ("epopt.py", "", TEN, 2, "p10 above the next two"),
     "epopt_run_randomised": ("epopt.py", "--epsilon 1", TEN, 4, "p10 above the next one"),
-    "epopt_run_single": ("epopt.py", "--epsilon 1 --ensemble single", TEN[:3], 4, "lowest p10"),
+    "epopt_run_single": ("epopt.py", "--epsilon 1 --ensemble single", TEN, 4, "lowest p10"),
     "epopt_run_uniform": ("epopt.py", "--ensemble uniform", (1, 2, 3), 2, "against normal draws"),
-    "epopt_run_adapted": ("epopt.py", "--adapt-to-target", (1, 2, 3), 2, "the target above epopt_run"),
+    "epopt_run_adapted": ("epopt.py", "--adapt-to-target", TEN, 2, "the target above epopt_run"),
     "darc_cheetah": ("darc_offdynamics.py", BROKEN_CHEETAH, (1,), 10, "above the next two"),
     "darc_cheetah_source": (
         "darc_offdynamics.py",

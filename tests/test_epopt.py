@@ -459,6 +459,14 @@ def linear_data(slope, noise, steps, seed=0):
     return {"state": state, "action": action, "next_state": after}
 
 
+def test_a_change_that_is_always_the_same_is_no_exact_measurement():
+    state = torch.zeros(4, 2, dtype=torch.float64)
+    played = {"state": state, "action": torch.ones(4, 1, dtype=torch.float64), "next_state": state + 2}
+    particles = torch.tensor([[1.8, 1.0], [2.0, 1.0]])
+    log_weights = epopt.log_likelihood(Linear(), particles, played, 0.2)
+    assert -10 < (log_weights[0] - log_weights[1]).item() < 0  # .2 of a change of 2, with a noise of .4
+
+
 def check_the_posterior_of_a_linear_gaussian_system(module):
     torch.manual_seed(0)
     played = linear_data(slope=2.7, noise=1.0, steps=12)
@@ -528,6 +536,7 @@ def test_particles_whose_simulation_failed_get_nothing_and_all_failing_is_no_new
     weights, beta = epopt.tempered_weights(torch.full((5,), bad, dtype=torch.float64), 0.2)
     assert beta == 0 and (weights == 0.2).all()
     few = torch.full((50,), bad, dtype=torch.float64)
+    assert epopt.tempered_weights(torch.zeros(10, dtype=torch.float64), 1.0)[1] == 1.0  # equal: all is said
     few[7] = -3.0  # a share of those that are known is asked for: one of one is enough
     weights, beta = epopt.tempered_weights(few, 0.2)
     assert weights[7] == 1 and weights.isfinite().all() and beta == 1
@@ -739,9 +748,9 @@ def test_evaluation_reports_the_tail_of_every_group(tmp_path):
             (below + (place - math.floor(place)) * (above - below)).item(), rel=1e-5
         )
     assert report["eval/return_ep0"] == pytest.approx(report["eval/return"], rel=1e-5)
-    heavy = (models[:, 0] - 2.0).abs() < 1e-5
+    heavy = (models[:, 0] - 2.1).abs() < 1e-5
     inside = torch.arange(len(models)) < groups["inside"].stop
-    assert report["eval/return_at_2"] == pytest.approx(returns[heavy & inside].mean().item())
+    assert report["eval/return_at_2.1"] == pytest.approx(returns[heavy & inside].mean().item())
     assert sum(key.startswith("eval/return_at_") for key in report) == 9
 
 
@@ -814,6 +823,18 @@ def test_a_run_with_adaptation_resumes_exactly(tmp_path):
         ]
 
 
+def test_the_bound_on_the_kl_falls_to_zero(tmp_path):  # D8
+    flags = f"{SMALL} --max-kl 0.02 --warmup-iterations 100 --total-timesteps 6000 --run-dir {tmp_path}"
+    epopt.main(flags.split())
+    rows, before, near = rows_of(tmp_path), 0, 0
+    for row in rows:
+        bound = 0.02 * (1 - before / 6000)
+        assert row["debug/kl"] <= bound + 1e-6
+        near += row["debug/kl"] > 0.6 * bound
+        before = row["global_step"]
+    assert near > len(rows) / 2
+
+
 def test_any_task_distribution_will_do(tmp_path):
     """Without an ensemble: the worst tasks of a distribution, discrete actions included."""
     for env_id in ("PointGoal-v0", "Bandit5-v0"):
@@ -836,4 +857,4 @@ def test_the_tail_of_the_ensemble_gets_better(tmp_path, full):
         epopt.main([*flags, *([] if full else short), "--run-dir", str(tmp_path / name), "--device", "cpu"])
         last = rows_of(tmp_path / name)[-1]
         tails[name] = last["eval/return_p10"]
-    assert tails["epopt"] > 250 and (not full or tails["epopt"] > 400 and tails["single"] < 100)
+    assert tails["epopt"] > 250 and (not full or tails["epopt"] > 700 and tails["single"] < 150)

@@ -546,6 +546,12 @@ def test_conjugate_gradient_solves_and_leaves_its_input_alone():
     check_conjugate_gradient(maml)
 
 
+def test_conjugate_gradient_solves_for_small_and_for_no_gradients():
+    for size in (1e-9, 0.0):
+        b = torch.full((3,), size, dtype=torch.float64)
+        close(maml.conjugate_gradient(lambda v: 2 * v, b, 10), b / 2, 1e-15)
+
+
 def test_conjugate_gradient_goes_red_when_it_works_in_place():  # T9
     red(check_conjugate_gradient, "residual = residual - step * image", "residual -= step * image")
 
