@@ -642,6 +642,14 @@ def test_the_scale_of_returns_that_differ_little_is_not_lost_in_rounding():
         assert agent.return_std.item() == pytest.approx(std, rel=0.05)
 
 
+def test_the_critics_unit_is_that_of_a_mixture_of_old_and_new_returns():
+    agent, ones = make_agent(rl2, FuseTask(6)), torch.ones(1, 4)
+    rl2.popart_update(agent, torch.tensor([[1.0, 3, 1, 3]]), ones, 1.0)  # mean 2, deviation 1
+    rl2.popart_update(agent, torch.tensor([[8.0, 12, 8, 12]]), ones, 0.1)  # mean 10, deviation 2
+    assert agent.return_mean.item() == pytest.approx(2.8)
+    assert agent.return_std.item() ** 2 == pytest.approx(0.9 * (1 + 4) + 0.1 * (4 + 100) - 2.8**2)
+
+
 def test_the_first_returns_do_not_drown_the_policy_in_the_critics_error():
     """A critic that predicts 0 where returns are 200 +- 2 would have an error of 100 deviations."""
     env = FuseTask(6)
