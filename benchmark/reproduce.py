@@ -40,11 +40,11 @@ MAZE = (
 
 CHEETAH = (
     "--env-id HalfCheetah{}-v0 --num-tasks {} --inner-lr 1 --max-kl 0.03 --gae-lambda 0.95"
-    " --fisher-fraction 0.25 --total-timesteps 64000000 --eval-tasks 40 --eval-episodes 20 --eval-every 25"
+    " --fisher-fraction 0.25 --total-timesteps {} --eval-tasks 40 --eval-episodes 20 --eval-every 25"
 )
 SMALL_STEPS = "--inner-steps 0 --inner-lr 0.03 --eval-lr-factor 1"  # .03: of .01 to .2, chosen on these tasks
 TOLD = "--inner-steps 0 --oracle --total-timesteps 1000000"  # then episodes are five steps long
-CHEETAH_DIR, CHEETAH_VEL = CHEETAH.format("Dir", 10), CHEETAH.format("Vel", 20)
+CHEETAH_DIR, CHEETAH_VEL = CHEETAH.format("Dir", 10, 64_000_000), CHEETAH.format("Vel", 20, 20_000_000)
 
 TABULAR = (
     "--env-id TabularMDP-v0 --num-envs 256 --hidden-size 256 --epochs 2 --lr 0.005 --gamma 0.99"
@@ -164,7 +164,7 @@ ENTRIES = {
         "maml_trpo.py",
         CHEETAH_VEL,
         (1,),
-        80,
+        45,
         "paper's simulator -129, -78.6, -66.6, -60.8",
     ),
     "maml_cheetah_dir_told": (
