@@ -1,19 +1,23 @@
 """Pictures of epopt.py's runs: return against the first parameter, and the source distribution as it adapted.
 
-    python -m benchmark.ensembles RUN_DIR... [--out ensembles.png]
+    python -m benchmark.ensembles RUN_DIR_OR_CSV... [--out ensembles.png]
 
-Left: runs with the same flags but for the seed are one line, the mean over them, from their last evaluation;
-its band reaches from the 10th to the 90th percentile of episodes, and the grey part is beyond the training
-range. Right, where a run used --adapt-to-target: draws of the first two parameters before any round and after
-the last one, for the first such run, and the target as a star.
+A CSV is one of benchmark/results, whose rows are runs. Left: runs with the same flags but for the seed are
+one line, the mean over them, from their last evaluation; its band reaches from the 10th to the 90th
+percentile of episodes, and the grey part is beyond the training range. Right, where a run folder used
+--adapt-to-target: draws of the first two parameters before any round and after the last one, for the first
+such run, and the target as a star.
 """
 
 import argparse
+import csv
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import tyro
 
 import common
 import epopt
@@ -29,16 +33,26 @@ def name_of(args):
     return words + (", adapted" if args["adapt_to_target"] else "")
 
 
-def curves(run_dirs):
-    """Run folders -> {method: [(value, mean, p10, p90), ...] for each of its runs}."""
+def read(path):
+    """A run folder, or a CSV of runs -> [(its flags, its last evaluation), ...]."""
+    if Path(path).suffix == ".csv":
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        flags = [tyro.cli(epopt.Args, args=row["command"].split()[1:]) for row in rows]
+        return [(asdict(args), row) for args, row in zip(flags, rows, strict=True)]
+    folder = Path(path)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "eval/return_p10" in row][-1]
+    return [(json.loads((folder / "args.json").read_text()), last)]
+
+
+def curves(runs):
+    """What read returns -> {method: [(value, mean, p10, p90), ...] for each of its runs}."""
     found = {}
-    for folder in map(Path, run_dirs):
-        args = json.loads((folder / "args.json").read_text())
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        last = [row for row in rows if "eval/return_p10" in row][-1]
+    names = ("return_at", "return_p10_at", "return_p90_at")
+    for args, last in runs:
         values = [match[1] for match in (re.fullmatch(r"eval/return_at_(.+)", key) for key in last) if match]
-        names = ("return_at", "return_p10_at", "return_p90_at")
-        points = [[float(value)] + [last[f"eval/{name}_{value}"] for name in names] for value in values]
+        points = [[float(x) for x in (v, *(last[f"eval/{name}_{v}"] for name in names))] for v in values]
         found.setdefault(name_of(args), []).append(sorted(points))
     return found
 
@@ -69,16 +83,18 @@ def draw_source(axes, env, run_dir):
     axes.legend(fontsize=8)
 
 
-def draw(run_dirs, out):
-    """Draw these run folders into the file out."""
+def draw(paths, out):
+    """Draw these run folders and CSVs into the file out."""
     plt = plot.pyplot()
-    args = [json.loads((Path(folder) / "args.json").read_text()) for folder in run_dirs]
-    env = common.make(args[0]["env_id"], 1, seed=0)
-    adapted = [folder for folder, flags in zip(run_dirs, args, strict=True) if flags["adapt_to_target"]]
+    runs = [run for path in paths for run in read(path)]
+    env_id = runs[0][0]["env_id"]
+    env = common.make(env_id, 1, seed=0)
+    folders = [path for path in paths if Path(path).is_dir()]
+    adapted = [folder for folder in folders if read(folder)[0][0]["adapt_to_target"]]
     columns = 1 + bool(adapted)
     figure, panels = plt.subplots(1, columns, figsize=(5 * columns, 3.6), squeeze=False)
-    draw_curves(panels[0, 0], env, curves(run_dirs))
-    panels[0, 0].set_title(args[0]["env_id"], fontsize=10)
+    draw_curves(panels[0, 0], env, curves(runs))
+    panels[0, 0].set_title(env_id, fontsize=10)
     if adapted:
         draw_source(panels[0, 1], env, adapted[0])
         rounds = int(epopt.load_checkpoint(adapted[0])["modules"]["source"]["rounds"])
@@ -89,7 +105,7 @@ def draw(run_dirs, out):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dirs", nargs="+", help="run folders of epopt.py on one environment")
+    parser.add_argument("paths", nargs="+", help="run folders of epopt.py on one environment, or their CSVs")
     parser.add_argument("--out", default="ensembles.png", help="picture to write")
     arguments = parser.parse_args()
-    draw(arguments.run_dirs, arguments.out)
+    draw(arguments.paths, arguments.out)

@@ -356,7 +356,7 @@ def test_pictures_of_an_ensemble_show_the_last_evaluation(tmp_path):
     for number, more in enumerate((["--epsilon", "1"], ["--adapt-to-target", "--transitions", "10"])):
         epopt.main([*flags.split(), *more, "--run-dir", str(tmp_path / str(number))])
     runs = sorted(tmp_path.glob("*/epopt__*"))
-    found = ensembles.curves(runs)
+    found = ensembles.curves([run for folder in runs for run in ensembles.read(folder)])
     assert found.keys() == {"randomised", "EPOpt(0.1), adapted"}
     last = json.loads((runs[0] / "metrics.jsonl").read_text().splitlines()[-1])
     ((points,),) = (found["randomised"],)
@@ -364,5 +364,11 @@ def test_pictures_of_an_ensemble_show_the_last_evaluation(tmp_path):
     for value, *numbers in points:
         keys = [f"eval/{name}_at_{value:.3g}" for name in ("return", "return_p10", "return_p90")]
         assert numbers == [last[key] for key in keys]
-    ensembles.draw(runs, tmp_path / "ensembles.png")
+    row = {"command": f"epopt.py {flags} --epsilon 1", **last}
+    with open(tmp_path / "randomised.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerow(row)
+    assert ensembles.curves(ensembles.read(tmp_path / "randomised.csv")) == {"randomised": [points]}
+    ensembles.draw([*runs, tmp_path / "randomised.csv"], tmp_path / "ensembles.png")
     assert (tmp_path / "ensembles.png").read_bytes().startswith(b"\x89PNG")
