@@ -235,7 +235,7 @@ ENTRIES = {
     "mtl_cheetah_vel": (
         "mtl_contextual.py",
         TOLD_CHEETAH.format("Vel", 50, 32, 8, 200, 600_000, 100),
-        (1,),
+        (1, 2, 3),
         15,
         "PEARL -36, VariBAD -25",
     ),
