@@ -39,12 +39,13 @@ MAZE = (
 )
 
 CHEETAH = (
-    "--env-id HalfCheetah{}-v0 --num-tasks {} --inner-lr 1 --max-kl 0.03 --gae-lambda 0.95"
-    " --fisher-fraction 0.25 --total-timesteps {} --eval-tasks 40 --eval-episodes 20 --eval-every 25"
+    "--env-id HalfCheetah{}-v0 --num-tasks {} --inner-lr 0.06 --init-std 0.3 --max-kl 0.03"
+    " --gae-lambda 0.95 --fisher-fraction 0.25 --total-timesteps 20000000 --eval-tasks 40"
+    " --eval-episodes 20 --eval-every 25"
 )
 SMALL_STEPS = "--inner-steps 0 --inner-lr 0.03 --eval-lr-factor 1"  # .03: of .01 to .2, chosen on these tasks
 TOLD = "--inner-steps 0 --oracle --total-timesteps 1000000"  # then episodes are five steps long
-CHEETAH_DIR, CHEETAH_VEL = CHEETAH.format("Dir", 10, 64_000_000), CHEETAH.format("Vel", 20, 20_000_000)
+CHEETAH_DIR, CHEETAH_VEL = CHEETAH.format("Dir", 10), CHEETAH.format("Vel", 20)
 
 TABULAR = (
     "--env-id TabularMDP-v0 --num-envs 256 --hidden-size 256 --epochs 2 --lr 0.005 --gamma 0.99"
@@ -159,30 +160,30 @@ ENTRIES = {
         2,
         "paper -2.29",
     ),
-    "maml_cheetah_dir": ("maml_trpo.py", CHEETAH_DIR, (1,), 80, "paper's simulator -50.7, 293, 313.5, 315.7"),
+    "maml_cheetah_dir": ("maml_trpo.py", CHEETAH_DIR, (1,), 30, "paper's simulator -50.7, 293, 313.5, 315.7"),
     "maml_cheetah_vel": (
         "maml_trpo.py",
         CHEETAH_VEL,
         (1,),
-        45,
+        30,
         "paper's simulator -129, -78.6, -66.6, -60.8",
     ),
     "maml_cheetah_dir_told": (
         "maml_trpo.py",
         f"{CHEETAH_DIR} --inner-steps 0 --oracle",
         (1,),
-        60,
+        30,
         "paper 443",
     ),
     "maml_cheetah_vel_told": (
         "maml_trpo.py",
         f"{CHEETAH_VEL} --inner-steps 0 --oracle",
         (1,),
-        60,
+        30,
         "paper -54.5",
     ),
-    "maml_cheetah_dir_pretrained": ("maml_trpo.py", f"{CHEETAH_DIR} --inner-steps 0", (1,), 60, "below MAML"),
-    "maml_cheetah_vel_pretrained": ("maml_trpo.py", f"{CHEETAH_VEL} --inner-steps 0", (1,), 60, "below MAML"),
+    "maml_cheetah_dir_pretrained": ("maml_trpo.py", f"{CHEETAH_DIR} --inner-steps 0", (1,), 30, "below MAML"),
+    "maml_cheetah_vel_pretrained": ("maml_trpo.py", f"{CHEETAH_VEL} --inner-steps 0", (1,), 30, "below MAML"),
     "pearl_pointrobot": ("pearl_sac.py", "", (1, 2, 3), 4, "middle -15.71, optimal -5.13"),
     "pearl_pointrobot_long": ("pearl_sac.py", PEARL_LONG, (1,), 60, "middle -15.71, optimal -5.13"),
     "pearl_pointrobot_transitions": ("pearl_sac.py", "--context transitions", (1, 2, 3), 4, "whole episodes"),
