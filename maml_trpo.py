@@ -29,7 +29,9 @@ DIFFERS FROM THE PAPER
         second derivative it is as if theta did not change which states and actions are met (Rothfuss et al.
         2019, arXiv:1810.06784). --inner-objective dice keeps that term; it is noisier.
     D2  Two hidden layers of 64 tanh units instead of 100 ReLUs: smaller, and smooth. Mean actions begin at
-        almost 0 (orthogonal weights, the last layer's by .01). HalfCheetah's alpha, delta and N: see RUN.
+        almost 0 (orthogonal weights, the last layer's by .01). An inner step moves them by some
+        alpha / std^2 of their deviation std, and its noise does, too: the larger alpha, the noisier actions
+        have to stay. HalfCheetah, which pays for precise ones, has small alpha and first std: see RUN.
     D3  Actions are in units of the environment's bounds, as in the authors' code; the paper does not say.
     D4  As in the authors' code the baseline is fitted to the very returns that it is subtracted from: theta'
         differs in every task, so an older fit would not do. GAE's lambda is .98 instead of 1.
@@ -55,8 +57,9 @@ RUN
     python maml_trpo.py                                                 # 2D navigation: two to five minutes
     python maml_trpo.py --inner-steps 0                                 # its "pretrained" baseline
     python maml_trpo.py --inner-steps 0 --oracle                        # its "told" reference line
-    python maml_trpo.py --env-id HalfCheetahDir-v0 --num-tasks 10 --inner-lr 1 --max-kl 0.03 \
-        --gae-lambda 0.95 --fisher-fraction 0.25 --total-timesteps 64000000 --eval-tasks 40 --eval-episodes 20
+    python maml_trpo.py --env-id HalfCheetahDir-v0 --num-tasks 10 --inner-lr 0.06 --init-std 0.3 \
+        --max-kl 0.03 --gae-lambda 0.95 --fisher-fraction 0.25 --total-timesteps 20000000 --eval-tasks 40 \
+        --eval-episodes 20
     python maml_trpo.py --evaluate runs/NAME --inner-steps 10           # ten gradient steps on new tasks
     python maml_trpo.py --evaluate runs/NAME --inner-lr 0.03 --eval-lr-factor 1  # best for the pretrained one
 
@@ -113,12 +116,12 @@ class Args:
     num_tasks: int = 20  # N, tasks of a meta-batch
     episodes_per_task: int = 20  # E, episodes of a task that one gradient step is made of, inner or outer
     inner_steps: int = 1  # K, gradient steps to adapt; 0: plain TRPO, "pretrained"; evaluated after 3 anyway
-    inner_lr: float = 0.5  # alpha, size of these steps; too large and the outer loop sees only noise
+    inner_lr: float = 0.5  # alpha, size of these steps; small where actions have to be precise [D2]
     inner_objective: str = "logprob"  # logprob (the authors'), or dice: the full second derivative [D1]
     first_order: bool = False  # first-order MAML: drop all second derivatives
     oracle: bool = False  # tell the policy its task; with inner_steps 0 this is the "told" reference line
     hidden_size: int = 64  # width of the policy's two hidden layers
-    init_std: float = 1.0  # standard deviation of the first actions, whose bounds are -1 and 1
+    init_std: float = 1.0  # standard deviation of the first actions, whose bounds are -1 and 1 [D2]
     gamma: float = 0.99  # discount per step
     gae_lambda: float = 0.98  # GAE: 1 uses whole sampled returns, less leans on the baseline [D4]
     max_kl: float = 0.01  # delta, how far one meta-step may move the adapted policies

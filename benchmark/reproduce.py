@@ -46,6 +46,7 @@ CHEETAH = (
 SMALL_STEPS = "--inner-steps 0 --inner-lr 0.03 --eval-lr-factor 1"  # .03: of .01 to .2, chosen on these tasks
 TOLD = "--inner-steps 0 --oracle --total-timesteps 1000000"  # then episodes are five steps long
 CHEETAH_DIR, CHEETAH_VEL = CHEETAH.format("Dir", 10), CHEETAH.format("Vel", 20)
+ANT_DIR = CHEETAH_DIR.replace("HalfCheetahDir", "AntDir").replace("20000000", "4000000")
 
 TABULAR = (
     "--env-id TabularMDP-v0 --num-envs 256 --hidden-size 256 --epochs 2 --lr 0.005 --gamma 0.99"
@@ -168,6 +169,7 @@ ENTRIES = {
         30,
         "paper's simulator -129, -78.6, -66.6, -60.8",
     ),
+    "maml_ant_dir": ("maml_trpo.py", ANT_DIR, (1,), 12, "paper's simulator 8.7, 499"),
     "maml_cheetah_dir_told": (
         "maml_trpo.py",
         f"{CHEETAH_DIR} --inner-steps 0 --oracle",
