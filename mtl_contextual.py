@@ -85,7 +85,7 @@ RESULT (held-out tasks, zero-shot; ClassicControl and MT3: the trained ones from
     ReacherGoal        150,000 steps, 2 min, 3 seeds: all goals, without hindsight .10 to .38
     ClassicControl     250,000 steps, 24 min of a core that two other runs shared, 3 seeds: cart pole 147,
                        pendulum -143, acrobot 81 on average
-    HalfCheetahVel     600,000 steps, 14 min, 1 seed: -23.6 +- 2.5; PEARL -32
+    HalfCheetahVel     600,000 steps, 19 min, 3 seeds: -26 +- 13 (-24, -32, -23); PEARL -32
     MT3                810,000 steps, 69 min, 1 seed: all of 150 episodes solved, in each of the three tasks
 """
 
