@@ -30,8 +30,8 @@ DIFFERS FROM THE PAPER
         2019, arXiv:1810.06784). --inner-objective dice keeps that term; it is noisier.
     D2  Two hidden layers of 64 tanh units instead of 100 ReLUs: smaller, and smooth. Mean actions begin at
         almost 0 (orthogonal weights, the last layer's by .01). An inner step moves them by some
-        alpha / std^2 of their deviation std, and its noise does, too: the larger alpha, the noisier actions
-        have to stay. HalfCheetah, which pays for precise ones, has small alpha and first std: see RUN.
+        alpha / std^2 of their deviation std, and its noise does, too: with a larger alpha actions stayed
+        noisier. HalfCheetah, which pays for precise ones, has small alpha and first std: see RUN.
     D3  Actions are in units of the environment's bounds, as in the authors' code; the paper does not say.
     D4  As in the authors' code the baseline is fitted to the very returns that it is subtracted from: theta'
         differs in every task, so an older fit would not do. GAE's lambda is .98 instead of 1.

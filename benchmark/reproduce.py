@@ -251,7 +251,7 @@ ENTRIES = {
         "mtl_contextual.py",
         TOLD_CHEETAH.format("Vel", 50, 32, 8, 200, 600_000, 100),
         (1, 2, 3),
-        15,
+        19,
         "PEARL -36, VariBAD -25",
     ),
     "mtl_cheetah_dir": (
