@@ -241,9 +241,9 @@ def rollout(policy, act_fn, env, models, seed=None, deterministic=False, record=
     no_success = torch.zeros_like(valid)
     steps = []
     for step in range(env.horizon):
-        if env.terminates and step % 10 == 0 and not bool(valid.any()):
-            break  # every episode is over
         if env.terminates and step % 10 == 0:
+            if not bool(valid.any()):
+                break  # every episode is over
             env.rest(valid == 0)  # what follows an episode is no data: MuJoCo need not simulate it
         action, logprob = act_fn(policy, obs, deterministic)
         played = {"obs": obs, "action": action, "logprob": logprob, "valid": valid}

@@ -211,8 +211,10 @@ def rollout(policy, act_fn, env, tasks, phi, oracle, seed=None):
     no_success = torch.zeros_like(valid)
     steps = []
     for step in range(env.horizon):
-        if env.terminates and step % 10 == 0 and not bool(valid.any()):
-            break  # every episode is over
+        if env.terminates and step % 10 == 0:
+            if not bool(valid.any()):
+                break  # every episode is over
+            env.rest(valid == 0)  # what follows an episode is no data: MuJoCo need not simulate it
         x = torch.cat([obs, told], 1).unflatten(0, (num_tasks, -1))  # [N, E, obs]
         action, logprob = act_fn(policy, x, phi)
         obs, reward, terminated, truncated, info = env.step(policy.to_env(action.flatten(0, 1)))  # D3

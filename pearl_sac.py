@@ -280,8 +280,10 @@ def rollout(agent, act_fn, env, z, seed=None, deterministic=False):
     no_success = torch.zeros_like(valid)
     observations, steps = [obs], []
     for step in range(env.horizon):
-        if env.terminates and step % 10 == 0 and not bool(valid.any()):
-            break  # every episode is over
+        if env.terminates and step % 10 == 0:
+            if not bool(valid.any()):
+                break  # every episode is over
+            env.rest(valid == 0)  # what follows an episode is no data: MuJoCo need not simulate it
         action, _ = act_fn(agent.actor, torch.cat([obs, z], 1), deterministic)
         obs, reward, terminated, truncated, info = env.step(agent.actor.to_env(action))
         observations.append(info["final_obs"])  # T7: obs itself may already be the next episode's

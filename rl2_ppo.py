@@ -196,8 +196,11 @@ def rollout(agent, env, tasks, num_episodes, window, seed=None):
     at_once = 1 if obs.device.type == "cpu" else 10  # looking means waiting for a GPU
     look_every = at_once if window == trial_steps else window
     for step in range(trial_steps):
-        if env.terminates and step % look_every == 0 and bool((episode >= num_episodes).all()):
-            break  # every trial is over; T is a multiple of a window that is less than the trial
+        if env.terminates and step % look_every == 0:
+            over = episode >= num_episodes
+            if bool(over.all()):
+                break  # every trial is over; T is a multiple of a window that is less than the trial
+            env.rest(over)  # what follows a trial is no data: MuJoCo need not simulate it
         if step % window == 0:
             window_hidden.append(hidden[0])  # [B, H]
         # T4: where an episode has ended, obs is the next one's first observation and last_done is 1. [Fig 1]

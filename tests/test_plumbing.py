@@ -322,6 +322,24 @@ def test_resuming_is_exact_where_episodes_end_early_and_where_actions_are_contin
     assert_same_run(run, reference)
 
 
+def test_worlds_whose_episode_is_over_are_not_simulated(job, tmp_path, monkeypatch):
+    pytest.importorskip("mujoco")
+    from common.locomotion import Locomotion
+
+    falls = {"darc_offdynamics": "HopperGravity2-v0", "epopt": "HopperEnsemble-v0"}
+    flags = ["--env-id", falls.get(job.name, "HopperRandParams-v0"), "--eval-tasks", "2"]
+    flags += ["--context", "none", "--her", "none"] if job.name == "mtl_contextual" else []
+    simulated, step_physics = [], Locomotion.step_physics
+
+    def watched(env, action):
+        simulated.append(1 if env._awake is None else len(env._awake) / env.num_envs)
+        return step_physics(env, action)
+
+    monkeypatch.setattr(Locomotion, "step_physics", watched)
+    train(job, tmp_path, 1, *flags)
+    assert 0 < min(simulated) < 1
+
+
 def test_killed_again_and_again_at_random_moments_and_resumed_it_is_the_same_run(
     job, tmp_path, uninterrupted
 ):
