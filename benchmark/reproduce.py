@@ -309,6 +309,20 @@ ENTRIES = {
         1,
         "ten times the target's steps: DARC within 10 %",
     ),
+    "darc_reacher_long": (
+        "darc_offdynamics.py",
+        f"{BROKEN_REACHER} --total-timesteps 220000",
+        (1, 2, 3, 4, 5),
+        5,
+        "within 10 % of the next one",
+    ),
+    "darc_reacher_target_long": (
+        "darc_offdynamics.py",
+        f"{BROKEN_REACHER} --method target --total-timesteps 200000",
+        (1, 2, 3),
+        2,
+        "ten times the target's steps",
+    ),
     "epopt_hopper": ("epopt.py", f"{HOPPER} 40000000", (1,), 90, "mean 2500, p10 2000"),
     "epopt_hopper_randomised": ("epopt.py", f"{HOPPER} 40000000 --epsilon 1", (1,), 90, "below EPOpt's p10"),
     "epopt_hopper_single": (
