@@ -338,6 +338,13 @@ ENTRIES = {
     "epopt_run_uniform": ("epopt.py", "--ensemble uniform", (1, 2, 3), 2, "against normal draws"),
     "epopt_run_adapted": ("epopt.py", "--adapt-to-target", TEN, 2, "the target above epopt_run"),
     "darc_cheetah": ("darc_offdynamics.py", BROKEN_CHEETAH, (1,), 10, "above the next two"),
+    "darc_cheetah_fifth": (
+        "darc_offdynamics.py",
+        f"{BROKEN_CHEETAH} --correction-scale 0.2",
+        (1,),
+        15,
+        "what a nat costs",
+    ),
     "darc_cheetah_source": (
         "darc_offdynamics.py",
         f"{BROKEN_CHEETAH} --method source",
