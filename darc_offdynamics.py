@@ -40,7 +40,7 @@ ALGORITHM  [Alg 1]
 
 DIFFERS FROM THE PAPER
     D1  Whole episodes are played between bouts of gradient steps, in num_envs environments side by side;
-        there, a step and a gradient step alternate, here there is one to five steps (updates_per_step).
+        there, a step and a gradient step alternate, here it is five steps to one, on BrokenReacher fourteen.
     D2  The classifier of (s, a, s') reads s' - s as well: the same information, and what domains differ in.
     D3  The logits of (s, a, s') are those of (s, a) plus a network's, which is the correction itself, as in
         the released code (which sends that loss's gradient through both; here those of (s, a) are held

@@ -21,7 +21,7 @@ ALGORITHM
         baseline and advantages A_t from all N                                                            [D4]
         T = the ceil(epsilon N) trajectories of lowest return, in the warm-up all                [Alg 1 l.6-8]
         a step of TRPO on T: ascend the mean of (pi / pi_played) A_t, KL at most delta; A_t standardised and
-            both means taken over the steps of T                                                 [TRPO Eq 14]
+            both means taken over the steps of T                                     [Alg 1 l.9, TRPO Eq 14]
         at some times, with --adapt-to-target:                                                       [Sec 3.2]
             play trajectories of the target, recording the simulator's state s
             log w_i = sum log N(s' | simulate(p_i, s, a), noise) over some of the steps, for each particle p_i
@@ -36,8 +36,8 @@ DIFFERS FROM THE PAPER
         pi_t | R <= y]. Over all trajectories baselines and centring change nothing, since grad log p(tau) has
         mean 0; over the worst its mean is grad log P(R <= y), so they do. Advantages there are negative on
         average; centring them, which the paper leaves open, adds a pull towards more such trajectories.
-        Uncentred, their mean times grad log P(R <= y), a noisy estimate from few trajectories, is most of the
-        step: the one such run that was tried fell to nothing.
+        Uncentred, most of the step is their mean times a noisy estimate of grad log P(R <= y): the one run
+        that was tried in that way fell to nothing.
     D2  Trajectories are ranked by the sum of their rewards, as in the authors' code and as evaluation counts
         them; the paper writes the discounted sum.
     D3  Fisher products see a random share of the steps (fisher_fraction; TRPO's appendix C).
@@ -53,7 +53,7 @@ DIFFERS FROM THE PAPER
     D7  The default job is no body of MuJoCo, and smaller: 200 models, epsilon 1 for 30 iterations.
         Paper: 240, and 100. Hopper's command in RUN: 240, and 120.
     D8  The bound on the KL falls linearly to zero, as a step from a few trajectories is noisy. Two seeds that
-        had ended low with a bound that stays ended higher with it; no more than these were compared.
+        had ended low with a constant bound ended higher with a falling one; no others were compared.
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  Log-probabilities or KL averaged over action dimensions: steps shrink as bodies grow.

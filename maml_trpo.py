@@ -29,9 +29,9 @@ DIFFERS FROM THE PAPER
         second derivative it is as if theta did not change which states and actions are met (Rothfuss et al.
         2019, arXiv:1810.06784). --inner-objective dice keeps that term; it is noisier.
     D2  Two hidden layers of 64 tanh units instead of 100 ReLUs: smaller, and smooth. Mean actions begin at
-        almost 0 (orthogonal weights, the last layer's by .01). An inner step moves them by some
-        alpha / std^2 of their deviation std, and its noise does, too: with a larger alpha actions stayed
-        noisier. HalfCheetah, which pays for precise ones, has small alpha and first std: see RUN.
+        almost 0 (orthogonal weights, the last layer's by .01). An inner step, and
+        its sampling noise, move them by about alpha / std: with a larger alpha the deviation std stayed
+        larger. HalfCheetah, which pays for precise ones, has small alpha and first std: see RUN.
     D3  Actions are in units of the environment's bounds, as in the authors' code; the paper does not say.
     D4  As in the authors' code the baseline is fitted to the very returns that it is subtracted from: theta'
         differs in every task, so an older fit would not do. GAE's lambda is .98 instead of 1.
@@ -71,7 +71,7 @@ RESULT (held-out tasks after 0, 1, 2, 3 gradient steps; +- a standard error over
                        are trained on
     HalfCheetahVel     20 M steps, 33 min, 20 tasks a meta-batch, 1 seed: -183, -102 +- 8, -77, -68; told
                        -32; off-policy learners do better there: pearl_sac.py, mtl_contextual.py
-    AntDir             the flags of HalfCheetahDir, cut short: 4 M steps, 42 min, 1 seed: 6, 73 +- 3, 81, 83
+    AntDir             the flags of HalfCheetahDir, only 4 M steps, 42 min, 1 seed: 6, 73 +- 3, 81, 83
 """
 
 import contextlib

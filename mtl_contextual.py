@@ -40,7 +40,7 @@ DIFFERS FROM THE PAPER
         same distribution, more of it, and the replay stays that of all scripts.
     D3  Multi-task SAC has one temperature a task (arXiv:1910.10897, App). Here that is one for each training
         task, also where tasks are draws from a continuum; with hindsight it is that of the task in which the
-        transition was played. Adam's momentum moves those that are not in a batch a little, too, and heads.
+        transition was played. Adam's momentum also moves those (and heads) of tasks not in the batch.
     D4  Inputs are normalised as in HER, unlike in multi-task SAC, by what was played and the goals that were
         meant; the statistics move after each round of episodes, and the first one is played without. With the
         same flags the sparse reacher came to .98 of its goals after 256,000 steps without it and to all of
@@ -86,7 +86,7 @@ RESULT (held-out tasks, zero-shot; ClassicControl and MT3: the trained ones from
     ClassicControl     250,000 steps, 24 min of a core that two other runs shared, 3 seeds: cart pole 147,
                        pendulum -143, acrobot 81 on average
     HalfCheetahVel     600,000 steps, 19 min, 3 seeds: -26 +- 13 (-24, -32, -23); PEARL -32
-    MT3                810,000 steps, 69 min, 1 seed: all of 150 episodes solved, in each of the three tasks
+    MT3                810,000 steps, 69 min, 1 seed: all of 30 episodes solved, ten of each task
 """
 
 import contextlib

@@ -28,7 +28,7 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
     D3  The critic predicts standardised returns, and its last layer is rescaled as their scale moves (PopArt,
         van Hasselt et al. 2016, arXiv:1602.07714): its loss has one scale, whatever trials sum to.
     D4  gamma = 1 by default, since the plain sum over the trial is the objective. The trial is the horizon:
-        V = 0 after its end, whatever gamma is. The authors' scripts, and all longer runs below, have .99.
+        V = 0 after its end, whatever gamma is. The authors' scripts, and both long commands below, have .99.
     D5  Step size and entropy bonus fall linearly to zero.
     D6  bptt_window, for long trials: gradients stop where a window begins, GAE does not, and the hidden state
         it begins with is the one that was played with, stale from an iteration's second gradient step on.
@@ -274,7 +274,7 @@ def make_sequences(trials, window, args):
 
 def ppo_policy_loss(logprob, old_logprob, advantage, valid, clip):
     """The clipped surrogate as a loss [D1, PPO Eq 7]. All [T, B]. Returns it and the share beyond clip."""
-    # 1 but for rounding at the first gradient step of an iteration; in padding always, where it may overflow
+    # 1 but for rounding at an iteration's first gradient step; and in padding, where it might overflow
     ratio = ((logprob - old_logprob) * valid).exp()
     gain = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     clipped = ((ratio - 1).abs() > clip).float()

@@ -169,7 +169,7 @@ ENTRIES = {
         30,
         "paper's simulator -129, -78.6, -66.6, -60.8",
     ),
-    "maml_ant_dir": ("maml_trpo.py", ANT_DIR, (1,), 12, "paper's simulator 8.7, 499"),
+    "maml_ant_dir": ("maml_trpo.py", ANT_DIR, (1,), 40, "paper's simulator 8.7, 499"),
     "maml_cheetah_dir_told": (
         "maml_trpo.py",
         f"{CHEETAH_DIR} --inner-steps 0 --oracle --eval-every 100",

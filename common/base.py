@@ -13,9 +13,10 @@ All tensors live on `device`: obs float32 [B, obs], reward float32 [B], terminat
 
 One of your own: subclass TaskVectorEnv and fill in four hooks, or let common.register (adapter.py) make one
 of a Gymnasium environment in which something can be set; --env-id your_module:YourId-v0 imports your_module
-first. The scripts use what TaskVectorEnv has, and nothing else: its attributes and their defaults are below.
-Observations have one axis, and final_obs is in info at every step. rl2_ppo.py reads observations and rewards
-as they are: keep them within a few units. A whole family, a sledge whose friction is the task:
+first. The scripts use what TaskVectorEnv has (epopt.py also what ensembles.py adds), and nothing else: its
+attributes and their defaults are below. Observations have one axis, and final_obs is in info at every step.
+rl2_ppo.py reads observations and rewards as they are: keep them within a few units. A whole family, a sledge
+whose friction is the task:
 
     class Sledge(TaskVectorEnv):
         def __init__(self, num_envs, device="cpu", seed=None):  # these three, by these names
@@ -161,7 +162,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     def rest(self, rows):
         """These rows, [B] bool, need not be simulated until the next reset: what they return means nothing.
 
-        For episodes of which only the first of each row counts. Families whose steps are cheap ignore it.
+        For rows whose episode, or trial of several, is over. Families whose steps are cheap ignore it.
         """
 
     # ---- goals: only where goal_space is not None. There a task row is a goal, obs does not contain it, and
