@@ -67,10 +67,11 @@ RESULT (held-out tasks after 0, 1, 2, 3 gradient steps; +- a standard error over
     2D navigation      4.5 M steps, 61 meta-iterations, 5 min, 3 seeds: -38.4, -11.2 +- .8, -5.6 +- .5,
                        -3.2 +- .2; pretrained with its best step size -38.2, -19.4, -10.0, -7.0; told the
                        goal -.50; MAML's released runs, 100 meta-iterations: -40.4, -11.7, -3.33, -3.23
-    HalfCheetahDir     20 M steps, 32 min, 1 seed: -30, 520 +- 21, 552, 569; told its task 842. Its two tasks
-                       are trained on
+    HalfCheetahDir     20 M steps, 32 min, 1 seed: -30, 520 +- 21, 552, 569; told its task 842,
+                       pretrained -1, 8, 37, 68. Its two tasks are trained on
     HalfCheetahVel     20 M steps, 33 min, 20 tasks a meta-batch, 1 seed: -183, -102 +- 8, -77, -68; told
-                       -32; off-policy learners do better there: pearl_sac.py, mtl_contextual.py
+                       -32; pretrained, with steps of .003 -155, -126, -108, -92. Off-policy learners do
+                       better there: pearl_sac.py, mtl_contextual.py
     AntDir             the flags of HalfCheetahDir, only 4 M steps, 42 min, 1 seed: 6, 73 +- 3, 81, 83
 """
 
