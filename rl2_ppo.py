@@ -32,7 +32,9 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
     D5  Step size and entropy bonus fall linearly to zero.
     D6  bptt_window, for long trials: gradients stop where a window begins, GAE does not, and the hidden state
         it begins with is the one that was played with, stale from an iteration's second gradient step on.
-    D7  Smaller: a GRU of 64 by default (their launch scripts: 128, with ReLU and weight normalisation) and
+    D7  normalize_inputs, for bodies that move: inputs enter the GRU with mean 0 and deviation 1, by what was
+        played in earlier iterations. Off by default; where signals are within a few units it changes little.
+    D8  Smaller: a GRU of 64 by default (their launch scripts: 128, with ReLU and weight normalisation) and
         batches of 20,000 steps (250,000).
 
 TRAPS (each has a test that goes red when the trap is put in)
@@ -107,7 +109,7 @@ class Args:
 
     num_envs: int = 2048  # trials played side by side, each of its own task; an iteration is one in each
     episodes_per_trial: int = 10  # n, the episodes of one task that share a hidden state
-    hidden_size: int = 64  # width of the GRU: all that the agent can remember of a task [D7]
+    hidden_size: int = 64  # width of the GRU: all that the agent can remember of a task [D8]
     lr: float = 0.01  # Adam's step size, falling linearly to zero; less for smaller batches and longer trials
     gamma: float = 1.0  # discount per step, running on through the episodes of a trial [D4]
     gae_lambda: float = 1.0  # GAE: 1 uses whole sampled returns, less leans on the critic
@@ -117,6 +119,7 @@ class Args:
     entropy_coef: float = 0.003  # bonus for random actions, falling linearly to zero
     value_coef: float = 0.5  # weight of the critic's loss beside the policy's
     max_grad_norm: float = 1.0  # longer gradients are shortened to this length
+    normalize_inputs: bool = False  # observations, actions and rewards to mean 0 and deviation 1 [D7]
     bptt_window: int = 0  # backpropagate through so many steps, a divisor of a trial's [D6, T6]; 0: all
     eval_tasks: int = 0  # held-out tasks to evaluate on; 0: all there are, at most 10,000
 
@@ -138,8 +141,9 @@ class RecurrentActorCritic(nn.Module):
             self.log_std = nn.Parameter(torch.zeros(self.action_dim))
             for name, bound in (("low", action_space.low), ("high", action_space.high)):
                 self.register_buffer(name, torch.tensor(bound), persistent=False)
-        self.register_buffer("return_mean", torch.zeros(()))  # [D3]
-        self.register_buffer("return_std", torch.ones(()))
+        for name, shape in (("input", self.gru.input_size), ("return", ())):
+            self.register_buffer(f"{name}_mean", torch.zeros(shape))  # [D7], [D3]
+            self.register_buffer(f"{name}_std", torch.ones(shape))
         for weight in (self.gru.weight_ih_l0, self.gru.weight_hh_l0):
             for gate in weight.chunk(3):  # orthogonal gate by gate, the usual start of a recurrent net
                 nn.init.orthogonal_(gate)
@@ -153,6 +157,7 @@ class RecurrentActorCritic(nn.Module):
 
         Returns the action distribution over [T, B], value [T, B] in units of return, and the last hidden.
         """
+        x = (x - self.input_mean) / self.input_std  # as it is unless normalize_inputs [D7]
         memory, hidden = self.gru(x, hidden)  # [T, B, H] in one call: nothing is reset inside a trial [T1]
         value = self.return_mean + self.return_std * self.critic(memory).squeeze(-1)
         head = self.actor(memory)  # [T, B, act], logits or means
@@ -204,7 +209,7 @@ def rollout(agent, env, tasks, num_episodes, window, seed=None):
         if step % window == 0:
             window_hidden.append(hidden[0])  # [B, H]
         # T4: where an episode has ended, obs is the next one's first observation and last_done is 1. [Fig 1]
-        # obs and reward go in as they are: in an environment of your own keep them within a few units.
+        # obs and reward go in as they are: keep those of your own within a few units, or normalize_inputs.
         x = torch.cat([obs, last_action, last_reward[:, None], last_done[:, None]], 1)  # [B, obs + act + 2]
         policy, value, hidden = agent(x[None], hidden)  # T1: hidden runs on where an episode ends
         action = policy.sample()  # [1, B] or [1, B, act]
@@ -289,16 +294,36 @@ def ppo_value_loss(value, ret, valid, scale):
     return 0.5 * masked_mean(((value - ret) / scale) ** 2, valid)
 
 
+def mix_moments(old, new, rate):
+    """Mean and standard deviation of a mixture. old, new: (mean, std); rate: the share of the new."""
+    (old_mean, old_std), (new_mean, new_std) = old, new
+    between = rate * (1 - rate) * (new_mean - old_mean) ** 2
+    std = (torch.lerp(old_std**2, new_std**2, rate) + between).clamp(min=1e-6).sqrt()
+    return torch.lerp(old_mean, new_mean, rate), std
+
+
+@torch.no_grad()
+def see_inputs(agent, x, valid, rate):
+    """Move the inputs' moments to those of x. [D7] x: [T, B, obs + act + 2]; valid: [T, B].
+
+    rate: 1 takes the new moments over; 1 / iteration lets every batch so far count alike. Changes the agent
+    in place.
+    """
+    x = x[valid > 0]  # [n, obs + act + 2]
+    batch = x.mean(0), x.std(0, correction=0)
+    mean, std = mix_moments((agent.input_mean, agent.input_std), batch, rate)
+    agent.input_mean.copy_(mean)
+    agent.input_std.copy_(std.clamp(min=0.01))  # what hardly changes is not blown up
+
+
 @torch.no_grad()
 def popart_update(agent, ret, valid, rate):
     """Move the critic's unit to the moments of these returns without moving its predictions. [D3]
 
     ret, valid: [T, B]; rate: 1 takes the new moments over, less follows slowly. Changes the agent in place.
     """
-    batch_mean, batch_std = masked_mean(ret, valid), masked_std(ret, valid)
-    mean = torch.lerp(agent.return_mean, batch_mean, rate)
-    between = rate * (1 - rate) * (batch_mean - agent.return_mean) ** 2  # variance of a mixture of the two
-    std = (torch.lerp(agent.return_std**2, batch_std**2, rate) + between).clamp(min=1e-6).sqrt()
+    batch = masked_mean(ret, valid), masked_std(ret, valid)
+    mean, std = mix_moments((agent.return_mean, agent.return_std), batch, rate)
     agent.critic.weight.mul_(agent.return_std / std)
     agent.critic.bias.mul_(agent.return_std).add_(agent.return_mean - mean).div_(std)
     agent.return_mean.copy_(mean)
@@ -670,6 +695,8 @@ def main(argv=None):
             steps = int(trials["valid"].sum(dtype=torch.int64))  # padding is not experience
             collected = clock(device)
             metrics = update(agent, optimizer, step_fn, trials, window, iteration == 0, anneal, args)
+            if args.normalize_inputs:  # after the gradient steps, whose ratios begin at 1
+                see_inputs(agent, trials["x"], trials["valid"], 1 / (iteration + 1))
             learned = clock(device)
 
             metrics["charts/return"] = float((trials["reward"] * trials["valid"]).sum(0).mean())

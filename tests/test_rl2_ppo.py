@@ -9,6 +9,8 @@ import json
 import math
 import os
 import random
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -666,6 +668,66 @@ def test_constant_returns_do_not_divide_by_zero():
     agent, trials = play(rl2, env)
     rl2.popart_update(agent, torch.ones(6, 5), trials["valid"], 1.0)
     assert all(torch.isfinite(parameter).all() for parameter in agent.parameters())
+
+
+def check_inputs_are_normalised_by_what_was_played(module):
+    """Batches count alike, padding does not; the GRU reads mean 0 and deviation 1."""
+    torch.manual_seed(0)
+    agent = make_agent(module, FuseTask(6))
+    valid = (torch.arange(30)[:, None] < torch.tensor([30, 10, 20, 30])).float()
+    batches = [scale * torch.randn(30, 4, agent.gru.input_size) + 7 - scale for scale in (1.0, 4.0, 2.0)]
+    for number, x in enumerate(batches, start=1):
+        module.see_inputs(agent, x, valid, 1 / number)
+    seen = torch.cat([x[valid.bool()] for x in batches])
+    torch.testing.assert_close(agent.input_mean, seen.mean(0))
+    torch.testing.assert_close(agent.input_std, seen.std(0, correction=0))
+    _, value, hidden = agent(batches[1], agent.initial_hidden(4))
+    memory, expected = agent.gru((batches[1] - seen.mean(0)) / seen.std(0, correction=0))
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(value, 2 + 3 * agent.critic(memory)[..., 0], atol=1e-4, rtol=1e-4)
+
+
+def test_inputs_are_normalised_by_what_was_played():
+    check_inputs_are_normalised_by_what_was_played(rl2)
+    agent = make_agent(rl2, FuseTask(6))
+    rl2.see_inputs(agent, torch.full((5, 4, agent.gru.input_size), 3.0), torch.ones(5, 4), 1.0)
+    assert torch.all(agent.input_mean == 3) and torch.all(agent.input_std == 0.01)  # what never changes
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("x = x[valid > 0]", "x = x.flatten(0, 1)"),
+        ("x = (x - self.input_mean) / self.input_std", "pass"),
+        ("rate * (1 - rate) * (new_mean - old_mean) ** 2", "0"),
+    ],
+)
+def test_normalised_inputs_go_red(edit):
+    red(check_inputs_are_normalised_by_what_was_played, edit[0], edit[1])
+
+
+def check_normalised_inputs_leave_the_ratio_at_one(module):
+    """One gradient step an iteration: the policy that it starts from is the one that played."""
+    flags = (
+        "--env-id PointGoal-v0 --num-envs 2 --episodes-per-trial 2 --epochs 1 --minibatches 1 --eval-tasks 4"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        module.main(f"{flags} --normalize-inputs --total-timesteps 1200 --run-dir {folder}".split())
+        (run,) = Path(folder).iterdir()
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        checkpoint = torch.load(run / "checkpoint.pt")
+    assert len(rows) == 3 and all(abs(row["debug/kl"]) < 1e-6 for row in rows)
+    assert checkpoint["modules"]["agent"]["input_mean"].abs().min() > 0
+
+
+def test_normalised_inputs_leave_the_ratio_at_one():
+    check_normalised_inputs_leave_the_ratio_at_one(rl2)
+
+
+def test_the_ratio_goes_red_when_inputs_are_counted_before_the_gradient_steps():
+    update = "metrics = update(agent,"
+    early = f'see_inputs(agent, trials["x"], trials["valid"], 1.0); {update}'
+    red(check_normalised_inputs_leave_the_ratio_at_one, update, early)
 
 
 # ---- actions
