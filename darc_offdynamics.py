@@ -99,7 +99,7 @@ RESULT (in the target; +- a 95 % interval over seeds)
                     .6, importance weighting -11.3 +- .5. 220,000 steps, 5.6 min of a slower core, 5 seeds:
                     -10.1 +- .4; trained in the target, ten times its steps, -9.3
     BrokenHalfCheetah, flags in benchmark/reproduce.py: 220,000 steps, 20,000 in the target, 17 min, 3 seeds:
-                    2529, 3662, 3745; source only 2059, 2628, 1493
+                    2529, 3662, 3745; source only 2059, 2628, 1493; importance weighting 2021, 8, 644
     PointDoor       --env-id PointDoor-v0, the wall is in the source: DARC ends by walking around it in the
                     target, too, -12.0 with all episodes at the goal, after evaluations from .00 to 1.00 of
                     them (1 seed). Straight on would be -6.0

@@ -127,7 +127,8 @@ RL2_RUNNING = (
     " --entropy-coef 0 --eval-every 10"
 )
 MAML_RUNNING = (
-    "--inner-lr 1 --max-kl 0.03 --gae-lambda 0.95 --fisher-fraction 0.25 --eval-episodes 20 --eval-every 10"
+    "--num-tasks 10 --inner-lr 0.06 --init-std 0.3 --max-kl 0.03 --gae-lambda 0.95 --fisher-fraction 0.25"
+    " --eval-episodes 20 --eval-every 10"
 )
 PEARL_RUNNING = (
     "--train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5 --context-stride 10 --kl-coef 0.01"
