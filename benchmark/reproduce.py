@@ -124,7 +124,7 @@ TOLD_PLANE = "--updates-per-step 0.003 --eval-every 5 --save-every 20"
 RUNNING = "--env-id HalfCheetahVel-v0 --total-timesteps 10000000 --eval-tasks 100"
 RL2_RUNNING = (
     "--episodes-per-trial 2 --num-envs 64 --hidden-size 128 --lr 0.003 --gamma 0.97 --gae-lambda 0.9"
-    " --entropy-coef 0 --eval-every 10"
+    " --entropy-coef 0 --normalize-inputs --eval-every 10"
 )
 MAML_RUNNING = (
     "--num-tasks 10 --inner-lr 0.06 --init-std 0.3 --max-kl 0.03 --gae-lambda 0.95 --fisher-fraction 0.25"
