@@ -15,8 +15,8 @@ One of your own: subclass TaskVectorEnv and fill in four hooks, or let common.re
 of a Gymnasium environment in which something can be set; --env-id your_module:YourId-v0 imports your_module
 first. The scripts use what TaskVectorEnv has (epopt.py also what ensembles.py adds), and nothing else: its
 attributes and their defaults are below. Observations have one axis, and final_obs is in info at every step.
-rl2_ppo.py reads observations and rewards as they are: keep them within a few units. A whole family, a sledge
-whose friction is the task:
+rl2_ppo.py reads observations and rewards as they are: keep them within a few units, or --normalize-inputs. A
+whole family, a sledge whose friction is the task:
 
     class Sledge(TaskVectorEnv):
         def __init__(self, num_envs, device="cpu", seed=None):  # these three, by these names
