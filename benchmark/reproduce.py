@@ -313,9 +313,23 @@ ENTRIES = {
     "darc_reacher_long": (
         "darc_offdynamics.py",
         f"{BROKEN_REACHER} --total-timesteps 220000",
-        (1, 2, 3, 4, 5),
+        TEN,
         5,
-        "within 10 % of the next one",
+        "above the next two, within 10 % of the last",
+    ),
+    "darc_reacher_source_long": (
+        "darc_offdynamics.py",
+        f"{BROKEN_REACHER} --total-timesteps 220000 --method source",
+        TEN,
+        3,
+        "below DARC",
+    ),
+    "darc_reacher_weighting_long": (
+        "darc_offdynamics.py",
+        f"{BROKEN_REACHER} --total-timesteps 220000 --method importance_weighting",
+        TEN,
+        5,
+        "below DARC",
     ),
     "darc_reacher_target_long": (
         "darc_offdynamics.py",
