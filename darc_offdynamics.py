@@ -96,8 +96,8 @@ RESULT (in the target; +- a 95 % interval over seeds)
     PointWall       60,000 steps, 5,500 of them in the target, 2.3 min of a busy core, 3 seeds: 1.00 +- .01
                     of the episodes come to the goal, source only and importance weighting .26
     BrokenReacher   165,000 steps, 16,000 in the target, 2.4 min, 10 seeds: -10.5 +- .4; source only -11.1 +-
-                    .6, importance weighting -11.3 +- .5. 220,000 steps, 5.6 min of a slower core, 5 seeds:
-                    -10.1 +- .4; trained in the target, ten times its steps, -9.3
+                    .6, importance weighting -11.3 +- .5. 220,000 steps, 4.5 min, 10 seeds: -10.3 +-
+                    .5, -11.0 +- .6, -11.7 +- 1.2; trained in the target, ten times its steps, -9.3
     BrokenHalfCheetah, flags in benchmark/reproduce.py: 220,000 steps, 20,000 in the target, 17 min, 3 seeds:
                     2529, 3662, 3745; source only 2059, 2628, 1493; importance weighting 2021, 8, 644
     PointDoor       --env-id PointDoor-v0, the wall is in the source: DARC ends by walking around it in the
