@@ -32,8 +32,8 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
     D5  Step size and entropy bonus fall linearly to zero.
     D6  bptt_window, for long trials: gradients stop where a window begins, GAE does not, and the hidden state
         it begins with is the one that was played with, stale from an iteration's second gradient step on.
-    D7  normalize_inputs, for bodies that move: inputs enter the GRU with mean 0 and deviation 1, by what was
-        played in earlier iterations. Off by default; where signals are within a few units it changes little.
+    D7  normalize_inputs, off by default, for signals beyond a few units, like those of bodies that move: they
+        enter the GRU with mean 0 and deviation 1, by what was played in earlier iterations.
     D8  Smaller: a GRU of 64 by default (their launch scripts: 128, with ReLU and weight normalisation) and
         batches of 20,000 steps (250,000).
 
