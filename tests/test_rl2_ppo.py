@@ -11,6 +11,7 @@ import os
 import random
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -722,6 +723,29 @@ def check_normalised_inputs_leave_the_ratio_at_one(module):
 
 def test_normalised_inputs_leave_the_ratio_at_one():
     check_normalised_inputs_leave_the_ratio_at_one(rl2)
+
+
+def check_every_batch_so_far_counts_alike(module):
+    """The moments after iterations 1, 2, 3 are asked for with shares 1, 1/2, 1/3; without the flag, never."""
+    shares = []
+    listen = mock.patch.object(module, "see_inputs", lambda agent, x, valid, rate: shares.append(rate))
+    flags = "--env-id PointGoal-v0 --num-envs 4 --episodes-per-trial 1 --eval-tasks 4 --total-timesteps 1200"
+    for flag in ("", "--normalize-inputs"):
+        assert not shares
+        with listen, tempfile.TemporaryDirectory() as folder:
+            module.main(f"{flags} {flag} --run-dir {folder}".split())
+    assert shares == [1, 1 / 2, 1 / 3]
+
+
+def test_every_batch_so_far_counts_alike():
+    check_every_batch_so_far_counts_alike(rl2)
+
+
+@pytest.mark.parametrize(
+    "edit", [("1 / (iteration + 1)", "1.0"), ("if args.normalize_inputs:", "if True:")], ids=["rate", "flag"]
+)
+def test_counting_goes_red(edit):
+    red(check_every_batch_so_far_counts_alike, *edit)
 
 
 def test_the_ratio_goes_red_when_inputs_are_counted_before_the_gradient_steps():
