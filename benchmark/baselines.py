@@ -752,6 +752,25 @@ def play_points(env, tasks, player):
     return returns
 
 
+def play_posterior_sampling(env, tasks, goals, episodes):
+    """Returns [N, episodes] of PEARL's way to act with exact inference instead of learned: draw one of the
+    goals that no reward so far has ruled out, go straight at it for an episode, draw again. goals: [G, 2],
+    equally likely beforehand, the tasks [N, 2] among them.
+    """
+    env.set_tasks(tasks)
+    obs, _ = env.reset(seed=SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    possible, returns = torch.ones(len(tasks), len(goals)), torch.zeros(len(tasks), episodes)
+    for episode in range(episodes):
+        target = goals[torch.multinomial(possible, 1, generator=generator)[:, 0]]
+        for _ in range(env.horizon):
+            obs, reward, _, _, info = env.step(((target - obs) * 10).clamp(-1, 1))
+            expected = env.compute_reward(info["final_obs"][:, None], goals)  # [N, G]
+            possible *= (expected - reward[:, None]).abs() < 1e-5
+            returns[:, episode] += reward
+    return returns
+
+
 def straight_line(start, tasks, horizon, sparse=False):
     """The optimal return in closed form, [N]: at time t each coordinate has come .1 t nearer."""
     time = torch.arange(1, horizon + 1.0)[:, None, None]
@@ -773,6 +792,13 @@ def points(num_tasks=1000, starts=10):
         print_table(f"{env_id}, horizon {env.horizon}, {num_tasks} goals", ["player", "return"], rows)
         constants[env_id] = {player: returns.mean().item() for player, returns in results.items()}
     print_literal("REFERENCES", constants, 3)
+
+    env = common.make("SparsePointGoal-v0", num_envs=num_tasks * starts, seed=SEED)
+    goals = env.sample_tasks(num_tasks, split="test")
+    returns = play_posterior_sampling(env, goals.repeat_interleave(starts, 0), goals, 6)
+    episodes = returns.view(num_tasks, starts, 6).mean(1).unbind(1)
+    rows = [(number, [mean_and_error(returns)]) for number, returns in enumerate(episodes, 1)]
+    print_table("SparsePointGoal-v0, posterior sampling with exact inference", ["episode", "return"], rows)
 
 
 # ============================= 6. Locomotion =============================

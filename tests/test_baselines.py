@@ -210,6 +210,21 @@ def test_going_straight_at_a_goal_gets_the_closed_form_which_no_random_detour_be
         assert (baselines.play_points(env, tasks, player) <= returns + 1e-3).all()
 
 
+def test_exact_posterior_sampling_tries_one_place_an_episode_and_goes_back_to_the_one_that_paid():
+    env = common.make("SparsePointGoal-v0", num_envs=400, seed=1)
+    angle = torch.tensor([0.1, 1.5, 2.9])  # so far apart that an episode tells about one of them only
+    goals = torch.stack([angle.cos(), angle.sin()], 1)
+    tasks = goals[torch.arange(400) % 3]
+    optimal = baselines.play_points(env, tasks, "optimal")
+    known = baselines.play_posterior_sampling(env, tasks, tasks[:1], 1)[::3, 0]
+    assert torch.allclose(known, optimal[::3], atol=1e-4)  # only one goal is possible: nothing to find out
+    returns = baselines.play_posterior_sampling(env, tasks, goals, 4)
+    found = returns > 0
+    assert torch.allclose(returns[found], optimal[:, None].expand(-1, 4)[found], atol=1e-4)
+    assert (found[:, 1:] >= found[:, :-1]).all() and found[:, 2:].all()  # two misses leave the third goal
+    assert found.float().mean(0)[:2].tolist() == pytest.approx([1 / 3, 2 / 3], abs=0.1)
+
+
 # ---- the constants in common/ are what the programme measures
 
 
