@@ -54,7 +54,7 @@ TRAPS (each has a test that goes red when the trap is put in)
     T9  Conjugate gradient updated in place, residual and direction being one tensor at the start.
 
 RUN
-    python maml_trpo.py                                                 # 2D navigation: two to five minutes
+    python maml_trpo.py                                                 # 2D navigation: 1.6 to 5 minutes
     python maml_trpo.py --inner-steps 0                                 # its "pretrained" baseline
     python maml_trpo.py --inner-steps 0 --oracle                        # its "told" reference line
     python maml_trpo.py --env-id HalfCheetahDir-v0 --num-tasks 10 --inner-lr 0.06 --init-std 0.3 \

@@ -64,7 +64,7 @@ TRAPS (each has a test that goes red when the trap is put in)
     T13 Heads that read each other: a task's loss moves another task's output layer.
 
 RUN
-    python mtl_contextual.py                # told the task's row, here the goal: two minutes
+    python mtl_contextual.py                # told the task's row, here the goal: 1.5 to 3 minutes
     python mtl_contextual.py --env-id PointMaze-v0 --context goal --her future --gamma 0.98 --lr 1e-3 \
         --updates-per-step 0.05 --total-timesteps 200000
     python mtl_contextual.py --env-id ClassicControl-v0 --context onehot --train-tasks 3 --num-tasks 3 \

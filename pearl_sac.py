@@ -45,7 +45,7 @@ DIFFERS FROM THE PAPER
         time, and the context of the others grows stale.
     D6  The KL's weight beta is per task, in units of the critics' mean squared error. The released code sums
         the KL over the meta-batch beside a mean over transitions: its .1 is 1.6 here. But its rewards are
-        scaled by 5 or more and their squares by 25 or more. On the point robot --kl-coef 0.1 costs a fifth
+        scaled by 5 or more and their squares by 25 or more. On the point robot --kl-coef 0.1 costs a seventh
         of what is gained between the first and the fourth episode (-9.5 there).
     D7  Smaller networks and batches by default, a larger meta-batch and more training tasks: a gradient step
         shows the encoder one context a task, however large the batch. gamma, tau and lr suit the point

@@ -33,7 +33,8 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
     D6  bptt_window, for long trials: gradients stop where a window begins, GAE does not, and the hidden state
         it begins with is the one that was played with, stale from an iteration's second gradient step on.
     D7  normalize_inputs, off by default, for signals beyond a few units, like those of bodies that move: they
-        enter the GRU with mean 0 and deviation 1, by what was played in earlier iterations.
+        enter the GRU with mean 0 and deviation 1, by what was played in earlier iterations (in the first as
+        they are), cut to 5: a done flag that is 1 in one step of 400 would be 20.
     D8  Smaller: a GRU of 64 by default (their launch scripts: 128, with ReLU and weight normalisation) and
         batches of 20,000 steps (250,000).
 
@@ -144,6 +145,7 @@ class RecurrentActorCritic(nn.Module):
         for name, shape in (("input", self.gru.input_size), ("return", ())):
             self.register_buffer(f"{name}_mean", torch.zeros(shape))  # [D7], [D3]
             self.register_buffer(f"{name}_std", torch.ones(shape))
+        self.register_buffer("input_bound", torch.tensor(math.inf))  # D7
         for weight in (self.gru.weight_ih_l0, self.gru.weight_hh_l0):
             for gate in weight.chunk(3):  # orthogonal gate by gate, the usual start of a recurrent net
                 nn.init.orthogonal_(gate)
@@ -158,6 +160,7 @@ class RecurrentActorCritic(nn.Module):
         Returns the action distribution over [T, B], value [T, B] in units of return, and the last hidden.
         """
         x = (x - self.input_mean) / self.input_std  # as it is unless normalize_inputs [D7]
+        x = x.clamp(-self.input_bound, self.input_bound)
         memory, hidden = self.gru(x, hidden)  # [T, B, H] in one call: nothing is reset inside a trial [T1]
         value = self.return_mean + self.return_std * self.critic(memory).squeeze(-1)
         head = self.actor(memory)  # [T, B, act], logits or means
@@ -295,7 +298,7 @@ def ppo_value_loss(value, ret, valid, scale):
 
 
 def mix_moments(old, new, rate):
-    """Mean and standard deviation of a mixture. old, new: (mean, std); rate: the share of the new."""
+    """Mean and standard deviation (at least .001) of a mixture. old, new: (mean, std); rate: new's share."""
     (old_mean, old_std), (new_mean, new_std) = old, new
     between = rate * (1 - rate) * (new_mean - old_mean) ** 2
     std = (torch.lerp(old_std**2, new_std**2, rate) + between).clamp(min=1e-6).sqrt()
@@ -314,6 +317,7 @@ def see_inputs(agent, x, valid, rate):
     mean, std = mix_moments((agent.input_mean, agent.input_std), batch, rate)
     agent.input_mean.copy_(mean)
     agent.input_std.copy_(std.clamp(min=0.01))  # what hardly changes is not blown up
+    agent.input_bound.fill_(5.0)
 
 
 @torch.no_grad()

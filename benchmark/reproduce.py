@@ -107,7 +107,7 @@ BROKEN_CHEETAH = (
     "--env-id BrokenHalfCheetah-v0 --num-envs 4 --warmup-steps 20000 --input-noise 0.4 --gamma 0.99"
     " --tau 0.005 --replay-episodes 100 --total-timesteps 220000 --eval-tasks 20"
 )
-# The comparison: one budget of environment steps a task, at most 15 minutes of a core a run on the plane
+# The comparison: one budget of environment steps a task, at most 16 minutes of a core a run on the plane
 BUDGET = 4_500_000
 SAME_TASKS = f"--total-timesteps {BUDGET} --eval-tasks 100"
 ON_PLANE = f"--env-id PointGoal-v0 {SAME_TASKS}"
@@ -141,14 +141,8 @@ AS_MUCH_TARGET = "--method target --total-timesteps 5500 --updates-per-step 2"  
 ENTRIES = {
     "rl2_bandit5_n10": ("rl2_ppo.py", "", (1, 2, 3), 3, "Bayes-optimal 6.660, paper 6.7"),
     "rl2_bandit10_n10": ("rl2_ppo.py", BANDIT10, (1, 2, 3), 6, "Bayes-optimal 6.714, paper 6.7"),
-    "rl2_bandit5_n100": (
-        "rl2_ppo.py",
-        f"{N100} --total-timesteps 80000000",
-        (1,),
-        60,
-        "Gittins 78.3, paper 78.7",
-    ),
-    "rl2_bandit10_n100": ("rl2_ppo.py", f"--env-id Bandit10-v0 {N100}", (1,), 40, "Gittins 82.8, paper 83.5"),
+    "rl2_bandit5_n100": ("rl2_ppo.py", N100, (1,), 40, "Gittins 78.5, paper 78.7"),
+    "rl2_bandit10_n100": ("rl2_ppo.py", f"--env-id Bandit10-v0 {N100}", (1,), 40, "Gittins 83.7, paper 83.5"),
     "rl2_tabular_n10": ("rl2_ppo.py", TABULAR, (1,), 180, "paper 156.2, BEB 152.3"),
     "rl2_gridnavi": ("rl2_ppo.py", GRIDNAVI, (1, 2, 3), 5, "path to the known goal 11.07 an episode"),
     "maml_pointgoal": ("maml_trpo.py", "", (1, 2, 3), 5, "paper -40.4, -11.7, -3.33, -3.23"),
@@ -230,28 +224,28 @@ ENTRIES = {
         "mtl_contextual.py",
         f"{SWING_UP.format('ClassicControl', 3, 3, 0.2, '1 0.1 1', 250_000)} --alpha 1",
         (1, 2, 3),
-        3,
+        24,
         "each body alone",
     ),
     "mtl_cartpole": (
         "mtl_contextual.py",
         SWING_UP.format("CartPoleSwingUp", *ALONE, 1, 83_000),
         (1, 2, 3),
-        2,
+        5,
         "alone",
     ),
     "mtl_pendulum": (
         "mtl_contextual.py",
         SWING_UP.format("PendulumSwingUp", *ALONE, 0.1, 83_000),
         (1, 2, 3),
-        2,
+        4,
         "alone",
     ),
     "mtl_acrobot": (
         "mtl_contextual.py",
         SWING_UP.format("AcrobotSwingUp", *ALONE, 1, 83_000),
         (1, 2, 3),
-        2,
+        5,
         "alone",
     ),
     "mtl_cheetah_vel": (
@@ -273,7 +267,7 @@ ENTRIES = {
         "mtl_contextual.py",
         MT.format("MT10", 10, 0.1, 100, 20_000_000) + " --heads",
         (1,),
-        1200,
+        1600,
         "multi-task SAC about .75 at 20 M steps",
     ),
     "darc_pointwall": ("darc_offdynamics.py", "", (1, 2, 3), 3, "success .9, around the wall -9.39"),
@@ -354,8 +348,8 @@ ENTRIES = {
         "below 1500 at the ends",
     ),
     "epopt_run": ("epopt.py", "", TEN, 2, "p10 above the next two"),
-    "epopt_run_randomised": ("epopt.py", "--epsilon 1", TEN, 4, "p10 above the next one"),
-    "epopt_run_single": ("epopt.py", "--epsilon 1 --ensemble single", TEN, 4, "lowest p10"),
+    "epopt_run_randomised": ("epopt.py", "--epsilon 1", TEN, 2, "p10 above the next one"),
+    "epopt_run_single": ("epopt.py", "--epsilon 1 --ensemble single", TEN, 2, "lowest p10"),
     "epopt_run_uniform": ("epopt.py", "--ensemble uniform", (1, 2, 3), 2, "against normal draws"),
     "epopt_run_adapted": ("epopt.py", "--adapt-to-target", TEN, 2, "the target above epopt_run"),
     "darc_cheetah": (
@@ -365,7 +359,7 @@ ENTRIES = {
         15,
         "above the last two",
     ),
-    "darc_cheetah_full": ("darc_offdynamics.py", BROKEN_CHEETAH, (1,), 15, "what a nat costs"),
+    "darc_cheetah_full": ("darc_offdynamics.py", BROKEN_CHEETAH, (1,), 27, "what a nat costs"),
     "darc_cheetah_source": (
         "darc_offdynamics.py",
         f"{BROKEN_CHEETAH} --method source",
@@ -394,24 +388,24 @@ ENTRIES = {
         "mtl_contextual.py",
         f"{ON_PLANE} {TOLD_PLANE} --context none",
         (1, 2, 3),
-        7,
+        4,
         "standing still -37.8",
     ),
     "compare_sparse_rl2": ("rl2_ppo.py", f"{ON_ARC} {RL2_ARC}", (1, 2, 3), 4, "optimum 13.39"),
     "compare_sparse_maml": ("maml_trpo.py", f"{ON_ARC} --eval-every 10", (1, 2, 3), 5, "optimum 13.39"),
-    "compare_sparse_pearl": ("pearl_sac.py", PEARL_ARC, (1, 2, 3), 14, "optimum 13.39"),
+    "compare_sparse_pearl": ("pearl_sac.py", PEARL_ARC, (1, 2, 3), 6, "optimum 13.39"),
     "compare_sparse_told": (
         "mtl_contextual.py",
         f"{ON_ARC} {TOLD_PLANE} {HER}",
         (1, 2, 3),
-        7,
+        4,
         "optimum 13.39",
     ),
     "compare_sparse_nothing": (
         "mtl_contextual.py",
         f"{ON_ARC} {TOLD_PLANE} --context none",
         (1, 2, 3),
-        7,
+        4,
         "the best single place",
     ),
     "compare_cheetah_vel_rl2": ("rl2_ppo.py", f"{RUNNING} {RL2_RUNNING}", (1,), 30, "VariBAD's RL^2"),
@@ -419,16 +413,16 @@ ENTRIES = {
         "maml_trpo.py",
         f"{RUNNING} {MAML_RUNNING}",
         (1,),
-        15,
+        36,
         "standing still -282",
     ),
     "compare_cheetah_vel_pearl": ("pearl_sac.py", f"{RUNNING} {PEARL_RUNNING}", (1,), 40, "PEARL -40 to -50"),
-    "compare_cheetah_vel_told": ("mtl_contextual.py", TOLD_RUNNING, (1,), 25, "the upper bound"),
+    "compare_cheetah_vel_told": ("mtl_contextual.py", TOLD_RUNNING, (1,), 14, "the upper bound"),
     "compare_cheetah_vel_nothing": (
         "mtl_contextual.py",
         f"{TOLD_RUNNING} --context none",
         (1,),
-        25,
+        14,
         "the lower bound",
     ),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),

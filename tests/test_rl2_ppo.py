@@ -672,18 +672,21 @@ def test_constant_returns_do_not_divide_by_zero():
 
 
 def check_inputs_are_normalised_by_what_was_played(module):
-    """Batches count alike, padding does not; the GRU reads mean 0 and deviation 1."""
+    """Batches count alike, padding does not; the GRU reads mean 0 and deviation 1, and nothing beyond 5."""
     torch.manual_seed(0)
     agent = make_agent(module, FuseTask(6))
     valid = (torch.arange(30)[:, None] < torch.tensor([30, 10, 20, 30])).float()
     batches = [scale * torch.randn(30, 4, agent.gru.input_size) + 7 - scale for scale in (1.0, 4.0, 2.0)]
+    batches[1][3, 2] = 300.0  # what is rare is large
+    start = agent.initial_hidden(4)
+    torch.testing.assert_close(agent(batches[1], start)[2], agent.gru(batches[1])[1])  # so far as they are
     for number, x in enumerate(batches, start=1):
         module.see_inputs(agent, x, valid, 1 / number)
     seen = torch.cat([x[valid.bool()] for x in batches])
     torch.testing.assert_close(agent.input_mean, seen.mean(0))
     torch.testing.assert_close(agent.input_std, seen.std(0, correction=0))
-    _, value, hidden = agent(batches[1], agent.initial_hidden(4))
-    memory, expected = agent.gru((batches[1] - seen.mean(0)) / seen.std(0, correction=0))
+    _, value, hidden = agent(batches[1][:4], start)  # a GRU forgets the spike if it goes on for long
+    memory, expected = agent.gru(((batches[1][:4] - seen.mean(0)) / seen.std(0, correction=0)).clamp(-5, 5))
     torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(value, 2 + 3 * agent.critic(memory)[..., 0], atol=1e-4, rtol=1e-4)
 
@@ -700,6 +703,8 @@ def test_inputs_are_normalised_by_what_was_played():
     [
         ("x = x[valid > 0]", "x = x.flatten(0, 1)"),
         ("x = (x - self.input_mean) / self.input_std", "pass"),
+        ("x = x.clamp(-self.input_bound, self.input_bound)", "pass"),
+        ("torch.tensor(math.inf))  # D7", "torch.tensor(5.0))"),
         ("rate * (1 - rate) * (new_mean - old_mean) ** 2", "0"),
     ],
 )
