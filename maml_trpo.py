@@ -29,9 +29,9 @@ DIFFERS FROM THE PAPER
         second derivative it is as if theta did not change which states and actions are met (Rothfuss et al.
         2019, arXiv:1810.06784). --inner-objective dice keeps that term; it is noisier.
     D2  Two hidden layers of 64 tanh units instead of 100 ReLUs: smaller, and smooth. Mean actions begin at
-        almost 0 (orthogonal weights, the last layer's by .01). An inner step, and its
-        sampling noise, move them by about alpha / std: with a larger alpha the deviation std stayed larger.
-        HalfCheetah, which pays for precise ones, has small alpha and first std: see RUN.
+        almost 0 (orthogonal weights, the last layer's by .01). An inner step, and its sampling noise, move
+        them by about alpha / std: with a larger alpha the deviation std stayed larger. HalfCheetah, which
+        pays for precise ones, has small alpha and first std: see RUN.
     D3  Actions are in units of the environment's bounds, as in the authors' code; the paper does not say.
     D4  As in the authors' code the baseline is fitted to the very returns that it is subtracted from: theta'
         differs in every task, so an older fit would not do. GAE's lambda is .98 instead of 1.

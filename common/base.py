@@ -14,9 +14,10 @@ All tensors live on `device`: obs float32 [B, obs], reward float32 [B], terminat
 One of your own: subclass TaskVectorEnv and fill in four hooks, or let common.register (adapter.py) make one
 of a Gymnasium environment in which something can be set; --env-id your_module:YourId-v0 imports your_module
 first. The scripts use what TaskVectorEnv has (epopt.py also what ensembles.py adds), and nothing else: its
-attributes and their defaults are below. Observations have one axis, and final_obs is in info at every step.
-rl2_ppo.py reads observations and rewards as they are: keep them within a few units, or --normalize-inputs. A
-whole family, a sledge whose friction is the task:
+attributes and their defaults are below. Observations have one axis, actions are Discrete (from 0) or a Box
+with one axis and finite bounds, and final_obs is in info at every step.
+rl2_ppo.py reads observations and rewards as they are: keep them within a few units, or --normalize-inputs.
+A whole family, a sledge whose friction is the task:
 
     class Sledge(TaskVectorEnv):
         def __init__(self, num_envs, device="cpu", seed=None):  # these three, by these names
@@ -83,6 +84,10 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     def __init__(self, num_envs, obs_space, action_space, task_space, horizon, device="cpu", seed=None):
         if num_envs < 1 or horizon < 1:
             raise ValueError(f"num_envs and horizon must be at least 1, got {num_envs} and {horizon}")
+        discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
+        flat = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
+        if not (discrete or flat and action_space.is_bounded()):
+            raise ValueError(f"actions: Discrete from 0 or a flat Box with finite bounds, got {action_space}")
         seed = int.from_bytes(os.urandom(4), "little") % SEEDS if seed is None else _checked_seed(seed)
         self.num_envs, self.horizon, self.device = num_envs, horizon, torch.device(device)
         self.single_observation_space, self.single_action_space = obs_space, action_space

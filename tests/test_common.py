@@ -670,6 +670,20 @@ def test_success_and_ends_have_to_be_given_as_they_were_announced():
             env.step(torch.zeros(2, 1))
 
 
+@pytest.mark.parametrize(
+    "space",
+    [
+        gym.spaces.Box(-np.inf, np.inf, (1,)),
+        gym.spaces.Box(-1, 1, (1, 1)),
+        gym.spaces.Discrete(3, start=1),
+        gym.spaces.MultiDiscrete([2, 2]),
+    ],
+)
+def test_actions_that_no_script_could_draw_are_refused_at_once(space):
+    with pytest.raises(ValueError, match="Discrete from 0 or a flat Box with finite bounds, got"):
+        TaskVectorEnv(2, box(-9, 9, (2,)), space, box(0, 1, (1,)), 50)
+
+
 def test_an_ensemble_that_was_not_finished_says_what_is_missing():
     class Hasty(ensembles.Ensemble):
         def __init__(self):
