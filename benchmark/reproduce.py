@@ -60,11 +60,14 @@ PEARL_CHEETAH = (
 )
 
 PEARL_SPARSE = (
-    "--env-id SparsePointGoal-v0 --train-tasks 100 --episodes-per-task 12 --prior-episodes 8"
+    "--env-id SparsePointGoal-v0 --train-tasks {} --episodes-per-task 12 --prior-episodes 8"
     " --context-episodes 12 --context-rounds 3 --context-stride 2 --num-tasks 32 --batch-size 32"
     " --latent-size 5 --updates-per-step {} --eval-episodes 6 --total-timesteps {}"
 )
-PEARL_LONG = "--total-timesteps 2400000"
+PEARL_LONG = (
+    "--train-tasks 4000 --replay-episodes 100 --context-rounds 3 --total-timesteps 7200000"
+    " --updates-per-step 0.01 --latent-size 20 --eval-every 2 --save-every 10"
+)
 
 HER_MAZE = (
     "--env-id PointMaze-v0 --context goal --gamma 0.98 --lr 0.001 --updates-per-step 0.05"
@@ -119,7 +122,9 @@ PEARL_PLANE = (
     "--train-tasks 400 --replay-episodes 50 --context-stride 25 --latent-size 5 --gamma 0.95"
     " --updates-per-step 0.006 --eval-every 2 --save-every 5"
 )
-PEARL_ARC = f"{PEARL_SPARSE.format(0.003, BUDGET)} --replay-episodes 500 --eval-tasks 100 --save-every 10"
+PEARL_ARC = (
+    f"{PEARL_SPARSE.format(100, 0.003, BUDGET)} --replay-episodes 500 --eval-tasks 100 --save-every 10"
+)
 TOLD_PLANE = "--updates-per-step 0.003 --eval-every 5 --save-every 20"
 RUNNING = "--env-id HalfCheetahVel-v0 --total-timesteps 10000000 --eval-tasks 100"
 RL2_RUNNING = (
@@ -200,10 +205,16 @@ ENTRIES = {
         "below MAML",
     ),
     "pearl_pointrobot": ("pearl_sac.py", "", (1, 2, 3), 4, "middle -15.71, optimal -5.13"),
-    "pearl_pointrobot_long": ("pearl_sac.py", PEARL_LONG, (1,), 60, "middle -15.71, optimal -5.13"),
+    "pearl_pointrobot_long": ("pearl_sac.py", PEARL_LONG, (1,), 40, "middle -15.71, optimal -5.13"),
     "pearl_pointrobot_transitions": ("pearl_sac.py", "--context transitions", (1, 2, 3), 4, "whole episodes"),
     "pearl_pointrobot_kl": ("pearl_sac.py", "--kl-coef 0.1", (1,), 4, "a KL too heavy"),
-    "pearl_sparse": ("pearl_sac.py", PEARL_SPARSE.format(0.015, 720_000), (1, 2, 3), 5, "optimal 13.39"),
+    "pearl_sparse": (
+        "pearl_sac.py",
+        f"{PEARL_SPARSE.format(400, 0.00375, 5_760_000)} --replay-episodes 400 --save-every 10",
+        (1, 2, 3),
+        10,
+        "exact posterior sampling 4.9 in the third episode, optimum 13.39",
+    ),
     "pearl_cheetah_vel": (
         "pearl_sac.py",
         PEARL_CHEETAH.format("Vel", 1_500_000, 100),
