@@ -123,7 +123,7 @@ PEARL_PLANE = (
     " --updates-per-step 0.006 --eval-every 2 --save-every 5"
 )
 PEARL_ARC = (
-    f"{PEARL_SPARSE.format(100, 0.003, BUDGET)} --replay-episodes 500 --eval-tasks 100 --save-every 10"
+    f"{PEARL_SPARSE.format(400, 0.003, BUDGET)} --replay-episodes 400 --eval-tasks 100 --save-every 10"
 )
 TOLD_PLANE = "--updates-per-step 0.003 --eval-every 5 --save-every 20"
 RUNNING = "--env-id HalfCheetahVel-v0 --total-timesteps 10000000 --eval-tasks 100"
@@ -323,28 +323,28 @@ ENTRIES = {
     ),
     "darc_reacher_long": (
         "darc_offdynamics.py",
-        f"{BROKEN_REACHER} --total-timesteps 330000",
+        f"{BROKEN_REACHER} --total-timesteps 220000",
         TEN,
         5,
         "above the next two, within 10 % of the last",
     ),
     "darc_reacher_source_long": (
         "darc_offdynamics.py",
-        f"{BROKEN_REACHER} --total-timesteps 330000 --method source",
+        f"{BROKEN_REACHER} --total-timesteps 220000 --method source",
         TEN,
         3,
         "below DARC",
     ),
     "darc_reacher_weighting_long": (
         "darc_offdynamics.py",
-        f"{BROKEN_REACHER} --total-timesteps 330000 --method importance_weighting",
+        f"{BROKEN_REACHER} --total-timesteps 220000 --method importance_weighting",
         TEN,
         5,
         "below DARC",
     ),
     "darc_reacher_target_long": (
         "darc_offdynamics.py",
-        f"{BROKEN_REACHER} --method target --total-timesteps 310000",
+        f"{BROKEN_REACHER} --method target --total-timesteps 200000",
         (1, 2, 3),
         2,
         "ten times the target's steps",
