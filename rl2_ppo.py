@@ -54,8 +54,12 @@ RUN
         --gamma 0.99 --gae-lambda 0.95 --entropy-coef 0.1 --total-timesteps 14000000
     python rl2_ppo.py --episodes-per-trial 100 --num-envs 512 --hidden-size 128 --lr 0.005 --gamma 0.99 \
         --gae-lambda 0.97 --entropy-coef 0.02 --total-timesteps 55000000    # the paper's longer trials
+    python rl2_ppo.py --env-id HalfCheetahVel-v0 --episodes-per-trial 2 --num-envs 64 --hidden-size 128 \
+        --lr 0.003 --gamma 0.97 --gae-lambda 0.9 --entropy-coef 0 --normalize-inputs --eval-tasks 100 \
+        --eval-every 10 --total-timesteps 10000000       # a body that moves
 
-RESULT (held-out tasks; +- a standard error over tasks; minutes of one busy core, two quiet ones need half)
+RESULT (held-out tasks; +- a standard error over tasks; minutes of one busy core, two quiet ones need half;
+        flags in RUN or, for Bandit10 and Maze, in benchmark/reproduce.py)
     Bandit5, n = 10    6.4 M steps, 3 min, 3 seeds: sum 6.626, 6.640, 6.665 +- .023 (pull 1 pays .50, pull 10
                        .74); random 5.0, Bayes-optimal 6.660, the paper 6.7
     Bandit10, n = 10   12 M steps, 8 min, 3 seeds: sum 6.702, 6.695, 6.698 +- .022; Bayes-optimal 6.714
@@ -64,6 +68,8 @@ RESULT (held-out tasks; +- a standard error over tasks; minutes of one busy core
     Maze               10 M steps, 25 min, 1 seed: 33.7 steps in the first episode, 20.4 in the second
     Bandit5, n = 100   55 M steps, 36 min, 1 seed: 78.25 +- .16; players that know the prior: the index of
                        what is left of the trial 78.6, Gittins index 78.5 (both +- .15), the paper 78.7
+    HalfCheetahVel     10 M steps, 30 min, 1 seed: -102 +- 6 and -103 +- 7 in episodes 1 and 2; one speed for
+                       all tasks -169, told -23
 """
 
 import contextlib
