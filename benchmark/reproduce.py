@@ -205,6 +205,13 @@ ENTRIES = {
         "below MAML",
     ),
     "pearl_pointrobot": ("pearl_sac.py", "", (1, 2, 3), 4, "middle -15.71, optimal -5.13"),
+    "pearl_pointrobot_more": (
+        "pearl_sac.py",
+        "--train-tasks 2000 --total-timesteps 1200000 --updates-per-step 0.01 --latent-size 20",
+        (1, 2, 3),
+        7,
+        "middle -15.71, optimal -5.13",
+    ),
     "pearl_pointrobot_long": ("pearl_sac.py", PEARL_LONG, (1,), 40, "middle -15.71, optimal -5.13"),
     "pearl_pointrobot_transitions": ("pearl_sac.py", "--context transitions", (1, 2, 3), 4, "whole episodes"),
     "pearl_pointrobot_kl": ("pearl_sac.py", "--kl-coef 0.1", (1,), 4, "a KL too heavy"),
