@@ -549,7 +549,8 @@ def adapt(policy, act_fn, env, source, target, args):
     low, high = env.ensemble[2:]
     left, smallest = 1.0, 1.0  # exponent of the likelihood that is still to come; effective sample size
     for _ in range(TEMPERING_STEPS):
-        log_weights = left * log_likelihood(env, source.particles, played, args.model_noise)
+        fits = log_likelihood(env, source.particles, played, args.model_noise)
+        log_weights = left * fits
         weights, share = tempered_weights(log_weights, args.min_ess)
         smallest = min(smallest, float(effective_sample_size(weights) / len(weights)))
         source.particles.copy_(resample(source.particles, weights, low, high))
@@ -557,7 +558,8 @@ def adapt(policy, act_fn, env, source, target, args):
         if share in (0.0, 1.0):  # no model explains anything, or all is said
             break
     source.rounds += 1
-    metrics = {"adapt/ess": smallest, "adapt/beta": 1 - left}
+    misfit = (-2 * fits.nan_to_num(-1e30, neginf=-1e30).max() / played["next_state"].numel()).sqrt()
+    metrics = {"adapt/ess": smallest, "adapt/beta": 1 - left, "adapt/misfit": float(misfit)}
     for name, entry in zip(env.parameter_names, source.particles.T, strict=True):
         metrics |= {f"adapt/mean {name}": float(entry.mean()), f"adapt/std {name}": float(entry.std())}
     return metrics, total
@@ -810,7 +812,7 @@ def print_report(env, metrics, num_tasks, stage):
 
     stage: what the numbers in eval/return_ep0, ep1, ... count.
     """
-    stages = [int(key[14:]) for key in metrics if key.startswith("eval/return_ep")]
+    stages = [int(key[14:]) for key in metrics if re.fullmatch(r"eval/return_ep\d+", key)]
     columns = [c for c in ("adapt_steps", "return", "return_se", "success") if f"eval/{c}_ep0" in metrics]
     print(f"\n{env.spec.id}: {num_tasks} held-out tasks")
     print("".join(f"{column:>14}" for column in (stage, *columns)))
@@ -873,6 +875,8 @@ def set_ensemble(env, args):
     mean, std, low, high = rows
     kinds = {"normal": std, "uniform": torch.where(low < high, math.inf, 0.0), "single": 0 * mean}
     std[:] = kinds[args.ensemble]
+    several = bool((std > 0).any()) or not args.adapt_to_target
+    require(several, "source_std", args.source_std, "a positive number, for --adapt-to-target to choose by")
     try:
         env.ensemble = rows
     except ValueError as error:
@@ -898,6 +902,10 @@ def held_out_models(env, args):
         one_each = f"a positive number for each of {', '.join(env.parameter_names)}"
         fits = target.shape == env.task_space.shape and bool((target > 0).all() and target.isfinite().all())
         require(fits, "target", args.target, one_each)
+        low, high = env.ensemble[2:]
+        found = bool(((low <= target) & (target <= high)).all()) or not args.adapt_to_target
+        within = f"{[round(x, 6) for x in low.tolist()]} to {[round(x, 6) for x in high.tolist()]}"
+        require(found, "target", args.target, f"{within}, where --adapt-to-target looks for it")
         models = torch.cat([models, target.expand(TARGET_ROWS, -1)])
         groups["target"] = slice(eval_tasks, len(models))
     return models, groups

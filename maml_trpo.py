@@ -39,8 +39,9 @@ DIFFERS FROM THE PAPER
         them over some of the outer episodes (TRPO's appendix C). Leaving out tasks instead diverges: F does
         not see where the other tasks' gradients lead.
     D6  In 2D navigation alpha is .5 as in the authors' script (the paper: .1). At evaluation it is a quarter
-        of that from the second gradient step on (the paper: half): as the deviation of actions shrinks in
-        training, gradients grow, and some tasks overshoot. The last policy is evaluated, not the best one.
+        of that in gradient steps beyond those trained with (the paper: half): as the deviation of actions
+        shrinks in training, gradients grow, and some tasks overshoot. The last policy is evaluated, not the
+        best one.
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  Log-probabilities or KL averaged over action dimensions: steps shrink as bodies grow.
@@ -134,7 +135,7 @@ class Args:
     fisher_fraction: float = 1.0  # share of the outer episodes in the Fisher products [D5]
     tasks_at_once: int = 2  # tasks whose derivatives are taken together; 0: all, for a GPU
     eval_episodes: int = 40  # episodes of a gradient step at evaluation (the paper's number)
-    eval_lr_factor: float = 0.25  # at evaluation, of all steps but the first; give 1 where K > 1 [D6]
+    eval_lr_factor: float = 0.25  # at evaluation, factor on the steps beyond those trained with [D6]
     eval_tasks: int = 0  # held-out tasks to evaluate on; 0: all there are, at most 100
 
 
@@ -503,17 +504,19 @@ def adapt(policy, act_fn, env, tasks, step_sizes, args, seed=None):
 EVAL_SEED = 20_161_109  # of starts, noise and actions in every evaluation of every run
 
 
-def eval_step_sizes(args):
-    """max(3, inner_steps) of them: the first is inner_lr, the others are eval_lr_factor of it. [D6]"""
-    return [args.inner_lr] + [args.inner_lr * args.eval_lr_factor] * (max(3, args.inner_steps) - 1)
+def eval_step_sizes(args, trained_steps):
+    """max(3, inner_steps) of them: as many as were trained with, or one, are inner_lr, others less. [D6]"""
+    whole, total = max(1, trained_steps), max(3, args.inner_steps)
+    return [args.inner_lr * (1.0 if step < whole else args.eval_lr_factor) for step in range(total)]
 
 
-def evaluate(policy, env, num_tasks, act_fn, args):
+def evaluate(policy, env, num_tasks, act_fn, args, trained_steps):
     """The same frozen held-out tasks before and after every gradient step of eval_step_sizes. [T7]"""
+    step_sizes = eval_step_sizes(args, trained_steps)
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
         tasks = env.sample_tasks(num_tasks, split="test")  # a list of their own, the same at every call
-        batches = adapt(policy, act_fn, env, tasks, eval_step_sizes(args), args, seed=EVAL_SEED)
+        batches = adapt(policy, act_fn, env, tasks, step_sizes, args, seed=EVAL_SEED)
     returns = torch.stack([returns_of(batch).mean(1) for batch in batches], 1)  # [N, steps + 1]
     lengths = torch.stack([batch["valid"].sum((1, 2)) for batch in batches], 1)  # of all E episodes together
     success = torch.stack([(batch["success"] * batch["valid"]).amax(1).mean(1) for batch in batches], 1)
@@ -727,7 +730,7 @@ def print_report(env, metrics, num_tasks, stage):
 
     stage: what the numbers in eval/return_ep0, ep1, ... count.
     """
-    stages = [int(key[14:]) for key in metrics if key.startswith("eval/return_ep")]
+    stages = [int(key[14:]) for key in metrics if re.fullmatch(r"eval/return_ep\d+", key)]
     columns = [c for c in ("adapt_steps", "return", "return_se", "success") if f"eval/{c}_ep0" in metrics]
     print(f"\n{env.spec.id}: {num_tasks} held-out tasks")
     print("".join(f"{column:>14}" for column in (stage, *columns)))
@@ -780,7 +783,7 @@ def main(argv=None):
     act_fn = torch.compile(act) if args.compile else act
     if args.evaluate:
         restore(checkpoint, {"policy": policy})
-        report = evaluate(policy, eval_env, eval_tasks, act_fn, args)
+        report = evaluate(policy, eval_env, eval_tasks, act_fn, args, checkpoint["args"]["inner_steps"])
         print_report(eval_env, report, eval_tasks, "gradient steps")
         return
 
@@ -811,9 +814,9 @@ def main(argv=None):
             metrics |= {"time/rollout": collected - start, "time/update": learned - collected}
             check_finite(run, global_step, metrics)
             if iteration % args.eval_every == 0 or global_step >= total:
-                report = evaluate(policy, eval_env, eval_tasks, act_fn, args)
+                report = evaluate(policy, eval_env, eval_tasks, act_fn, args, args.inner_steps)
                 metrics |= {**report, "time/evaluate": clock(device) - learned}
-                before, after = (report[f"eval/return_ep{stage}"] for stage in (0, 1))
+                before, after = (report[f"eval/return_ep{stage}"] for stage in (0, max(1, args.inner_steps)))
                 bar.set_postfix(held_out=f"{before:.2f} -> {after:.2f}")
             log(run, global_step, metrics)
             if iteration % args.save_every == 0 or global_step >= total:
@@ -822,7 +825,7 @@ def main(argv=None):
 
     if run["wandb"] is not None:
         run["wandb"].finish()
-    report = report or evaluate(policy, eval_env, eval_tasks, act_fn, args)
+    report = report or evaluate(policy, eval_env, eval_tasks, act_fn, args, args.inner_steps)
     print_report(eval_env, report, eval_tasks, "gradient steps")
     print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
 

@@ -42,9 +42,9 @@ DIFFERS FROM THE PAPER
         task, also where tasks are draws from a continuum; with hindsight it is that of the task in which the
         transition was played. Adam's momentum also moves those (and heads) of tasks not in the batch.
     D4  Inputs are normalised as in HER, unlike in multi-task SAC, by what was played and the goals that were
-        meant; the statistics move after each round of episodes, and the first one is played without. With the
-        same flags the sparse reacher came to .98 of its goals after 256,000 steps without it and to all of
-        them after 32,000 with it (one seed).
+        meant (the authors count relabelled goals, too); the statistics move after each episode of all tasks,
+        and the first one is played without. With the same flags the sparse reacher came to .98 of its goals
+        after 256,000 steps without it and to all of them after 32,000 with it (one seed).
     D5  Smaller networks, and fewer transitions of a task, by default than the papers'.
 
 TRAPS (each has a test that goes red when the trap is put in)
@@ -320,7 +320,8 @@ def sample_action(actor, x, deterministic=False):
 
 @torch.no_grad()
 def rollout(agent, act_fn, env, context, seed=None, deterministic=False):
-    """Play one episode in every environment, told the same from its first step to its last. [D1]
+    """Play one episode in every environment, told the same from its first step to its last.
+    What it explores by is the policy's own entropy. [D1]
 
     context: [B, context]; seed: of starts and noise.
     Returns a dict of [B, T, ...] tensors, T at least the steps of the longest episode: obs [B, T + 1, obs],
@@ -822,7 +823,7 @@ def print_report(env, metrics, num_tasks, stage):
 
     stage: what the numbers in eval/return_ep0, ep1, ... count.
     """
-    stages = [int(key[14:]) for key in metrics if key.startswith("eval/return_ep")]
+    stages = [int(key[14:]) for key in metrics if re.fullmatch(r"eval/return_ep\d+", key)]
     columns = [c for c in ("adapt_steps", "return", "return_se", "success") if f"eval/{c}_ep0" in metrics]
     print(f"\n{env.spec.id}: {num_tasks} held-out tasks")
     print("".join(f"{column:>14}" for column in (stage, *columns)))
@@ -872,6 +873,9 @@ def check_told(env, agent, test_tasks, args):
         different = len(agent.tasks.unique(dim=0))
         what = f"at most {different}: more are repetitions, which --context onehot cannot number"
         require(different == args.train_tasks, "train_tasks", args.train_tasks, what)
+    if args.her != "none":  # D4: what never varies is cut to nothing, and so would be hindsight goals
+        varied = bool((agent.tasks.std(0, correction=0) > 0.01).all())
+        require(varied, "her", args.her, "training goals that differ in each coordinate: more --train-tasks")
     try:
         adapt(test_tasks, agent.tasks, args.context)
     except ValueError as error:

@@ -626,7 +626,7 @@ def print_report(env, metrics, num_tasks, stage):
 
     stage: what the numbers in eval/return_ep0, ep1, ... count.
     """
-    stages = [int(key[14:]) for key in metrics if key.startswith("eval/return_ep")]
+    stages = [int(key[14:]) for key in metrics if re.fullmatch(r"eval/return_ep\d+", key)]
     columns = [c for c in ("adapt_steps", "return", "return_se", "success") if f"eval/{c}_ep0" in metrics]
     print(f"\n{env.spec.id}: {num_tasks} held-out tasks")
     print("".join(f"{column:>14}" for column in (stage, *columns)))

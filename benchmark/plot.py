@@ -12,6 +12,7 @@ their held-out tasks, whose luck is not in it; over held-out tasks where there i
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -93,12 +94,17 @@ def draw_references(axes, players, at, align):
             drawn.append(value)
 
 
+def stage_numbers(row):
+    """The numbers of the stages that a row reports; eval/return_epsilon is a task of somebody's."""
+    return sorted(int(key[14:]) for key in row if re.fullmatch(r"eval/return_ep\d+", key))
+
+
 def headline(args, row):
     """What a run is judged by: key of the return, of its standard error, and in words."""
     if "eval/return_trial" in row:
         return "eval/return_trial", "eval/return_trial_se", "sum over the trial"
     if "inner_steps" not in args:
-        last = max(int(key[14:]) for key in row if key.startswith("eval/return_ep"))
+        last = max(stage_numbers(row))
         words = f"in episode {last + 1}" if last else "of an episode"
         return f"eval/return_ep{last}", f"eval/return_se_ep{last}", words
     steps = args["inner_steps"]
@@ -159,7 +165,7 @@ def draw(folders, out):
         (line,) = left.plot(steps, curve, label=label, marker="o", markersize=3 if len(curve) < 10 else 0)
         low, high = zip(*[(c - b, c + b) for c, b in zip(curve, band, strict=True)], strict=True)
         left.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
-        numbers = sorted(int(key[14:]) for key in seeds[0][-1] if key.startswith("eval/return_ep"))
+        numbers = stage_numbers(seeds[0][-1])
         if zero_shot:
             solved = [[row["eval/success_ep0"] for row in rows] for rows in seeds]
             curve, band = mean_and_error(solved, [[0.0 for _ in rows] for rows in seeds])

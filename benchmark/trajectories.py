@@ -24,7 +24,7 @@ def play(run_dir, num_tasks):
     maml_trpo.restore(checkpoint, {"policy": policy})
     torch.manual_seed(maml_trpo.EVAL_SEED)
     tasks = env.sample_tasks(num_tasks, split="test")
-    sizes, seed = maml_trpo.eval_step_sizes(args), maml_trpo.EVAL_SEED
+    sizes, seed = maml_trpo.eval_step_sizes(args, args.inner_steps), maml_trpo.EVAL_SEED
     return maml_trpo.adapt(policy, maml_trpo.act, env, tasks, sizes, args, seed=seed), tasks
 
 

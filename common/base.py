@@ -167,6 +167,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     def rest(self, rows):
         """These rows, [B] bool, need not be simulated until the next reset: what they return means nothing.
 
+        Finite it has to be: padding is multiplied by 0.
+
         For rows whose episode, or trial of several, is over. Families whose steps are cheap ignore it.
         """
 

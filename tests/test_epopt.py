@@ -694,6 +694,7 @@ def test_three_rounds_find_the_target_and_never_leave_the_range(env_id):
         assert steps > 0 and metrics["adapt/ess"] >= 0.299 and metrics["adapt/beta"] == 1
         assert ((source.particles >= low - 1e-6) & (source.particles <= high + 1e-6)).all()
     after = source.particles
+    assert metrics["adapt/misfit"] < 0.5  # some particle predicts within half of model_noise
     off = (after.mean(0) - target)[:-1].abs()
     assert off[0] < 0.45 * first and off[0] < std[0]
     assert (after.std(0)[:-1] < 0.8 * std[:-1]).any() and source.rounds == 3
@@ -754,6 +755,27 @@ def test_evaluation_reports_the_tail_of_every_group(tmp_path):
     assert sum(key.startswith("eval/return_at_") for key in report) == 9
 
 
+def test_a_target_that_no_particle_is_like_shows_in_the_misfit():
+    torch.manual_seed(0)
+    env = common.make("CartPoleRunEnsemble-v0", 10, seed=0)
+    args = epopt.Args(particles=200, transitions=40)
+    policy = epopt.TanhPolicy(env.single_observation_space.shape[0], env.single_action_space, 8, 1.0)
+    source, target = epopt.Source(env, args.particles), env.named_tasks["target"].clone()
+    target[0] = 5.0  # kg; no model is heavier than 2.1
+    metrics, _ = epopt.adapt(policy, epopt.draw_action, env, source, target, args)
+    assert 1 < metrics["adapt/misfit"] < 10
+    played = {"state": torch.zeros(3, 4), "action": torch.zeros(3, 1), "next_state": torch.ones(3, 4)}
+    off = torch.full((2,), -0.5 * 12 * 4.0)  # an error of 2 in each of 3 x 4 numbers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(epopt, "log_likelihood", lambda *args: off.double())
+        patch.setattr(epopt, "rollout", lambda *args, **named: {"valid": torch.ones(3), **played})
+        source = epopt.Source(env, 2)
+        metrics, _ = epopt.adapt(policy, epopt.draw_action, env, source, target, args)
+        assert metrics["adapt/misfit"] == pytest.approx(2.0)
+        off[:] = math.nan  # every simulation failed
+        assert 1e9 < epopt.adapt(policy, None, env, source, target, args)[0]["adapt/misfit"] < math.inf
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
@@ -769,6 +791,11 @@ def test_evaluation_reports_the_tail_of_every_group(tmp_path):
         ("--source-std -1 0 0 0", "--source-std: cart mass: expected 0 < low"),
         ("--target 1 2 3", "--target .*: expected a positive number for each of cart mass"),
         ("--target 1 -2 3 1", "--target .*: expected a positive number for each of cart mass"),
+        (
+            "--adapt-to-target --target 5 0.2 0.8 1",
+            r"--target .*: expected \[0.3, .*where --adapt-to-target looks for it",
+        ),
+        ("--adapt-to-target --source-std 0 0 0 0", "--source-std .*: expected a positive number"),
         ("--env-id PointGoal-v0 --ensemble uniform", "--env-id PointGoal-v0: has no ensemble"),
         ("--env-id PointGoal-v0 --adapt-to-target", "--env-id PointGoal-v0: has no ensemble"),
         ("--eval-tasks 1000", "--eval-tasks 1000: expected at most"),

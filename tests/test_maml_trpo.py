@@ -8,6 +8,9 @@ import itertools
 import json
 import math
 import re
+import tempfile
+from pathlib import Path
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -674,12 +677,13 @@ def test_adaptation_takes_each_tasks_step_on_its_own_episodes_and_plays_again():
             phi = maml.inner_step(policy, phi, batch, size, args)
 
 
-def quick_evaluate(module, env_id="PointGoal-v0", num_tasks=5, **changes):
+def quick_evaluate(module, env_id="PointGoal-v0", num_tasks=5, trained=1, **changes):
     env = common.make(env_id, num_tasks * 4, seed=0)
     torch.manual_seed(0)
     obs_dim, space = env.single_observation_space.shape[0], env.single_action_space
     policy = module.Policy(obs_dim, space, 4, 0.7)
-    return module.evaluate(policy, env, num_tasks, module.act, small_args(module, **changes)), env
+    args = small_args(module, **changes)
+    return module.evaluate(policy, env, num_tasks, module.act, args, trained), env
 
 
 def check_evaluation_is_on_frozen_held_out_tasks(module):
@@ -722,6 +726,49 @@ def test_a_checkpoint_is_evaluated_with_any_number_of_steps(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Bandit5-v0: 5 held-out tasks" in printed and "gradient steps" in printed
     assert re.search(r"^ +10 +400.000 ", printed, re.MULTILINE)  # after ten steps of forty episodes
+
+
+def check_steps_that_were_trained_with_are_evaluated_whole(module):
+    args = small_args(module, inner_lr=0.4, eval_lr_factor=0.25)
+    for given, trained, sizes in (
+        (1, 1, [0.4, 0.1, 0.1]),
+        (0, 0, [0.4, 0.1, 0.1]),
+        (3, 3, [0.4, 0.4, 0.4]),
+        (2, 2, [0.4, 0.4, 0.1]),
+        (5, 2, [0.4, 0.4, 0.1, 0.1, 0.1]),
+    ):
+        args.inner_steps = given
+        assert module.eval_step_sizes(args, trained) == pytest.approx(sizes)
+    used, adapt = [], module.adapt
+    listen = lambda *given, **named: used.append(given[4]) or adapt(*given, **named)  # noqa: E731
+    with mock.patch.object(module, "adapt", listen), tempfile.TemporaryDirectory() as folder:
+        flags = "--env-id Bandit5-v0 --num-tasks 2 --episodes-per-task 3 --eval-tasks 5 --inner-steps 2"
+        flags += " --total-timesteps 10 --eval-lr-factor 0.5 --inner-lr 0.2"
+        module.main([*flags.split(), "--run-dir", folder])
+        assert used == [pytest.approx([0.2, 0.2]), pytest.approx([0.2, 0.2, 0.1])]
+        module.main(["--evaluate", *map(str, Path(folder).iterdir()), "--inner-steps", "4"])
+        assert used[2] == pytest.approx([0.2, 0.2, 0.1, 0.1])
+
+
+def test_steps_that_were_trained_with_are_evaluated_whole():
+    check_steps_that_were_trained_with_are_evaluated_whole(maml)
+
+
+@pytest.mark.parametrize(
+    "edit", [("step < whole", "step < 1"), ('checkpoint["args"]["inner_steps"])', "args.inner_steps)")]
+)
+def test_step_sizes_of_evaluation_go_red(edit):
+    red(check_steps_that_were_trained_with_are_evaluated_whole, *edit)
+
+
+def test_the_bar_shows_what_the_steps_trained_with_are_worth(tmp_path, capsys):
+    flags = "--num-tasks 2 --episodes-per-task 2 --eval-tasks 3 --eval-episodes 2 --inner-steps 2"
+    maml.main([*flags.split(), "--total-timesteps", "1000", "--run-dir", str(tmp_path)])
+    shown = re.findall(r"held_out=(\S+) -> ([-.0-9]+)", capsys.readouterr().err)[-1]
+    (log,) = tmp_path.glob("*/metrics.jsonl")
+    row = json.loads(log.read_text().splitlines()[-1])
+    before, one, two = (f"{row[f'eval/return_ep{stage}']:.2f}" for stage in range(3))
+    assert shown == (before, two) and one != two
 
 
 @pytest.mark.parametrize("env_id", ["Bandit5-v0", "TabularMDP-v0", "GridNavi-v0"])

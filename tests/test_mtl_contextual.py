@@ -25,6 +25,7 @@ from sac_checks import (
 from torch.distributions import Independent, Normal
 
 import common
+from benchmark import plot
 from common import pointmaze
 
 mtl = script("mtl_contextual")
@@ -706,6 +707,10 @@ def test_a_dense_reward_is_trained_on_unless_hindsight_makes_rewards():
         ),
         ("--context goal --her future --batch-size 2", "--batch-size 2: expected more"),
         (
+            "--context goal --her future --train-tasks 1 --num-tasks 1",
+            "--her future: expected training goals that differ in each coordinate",
+        ),
+        (
             "--env-id ClassicControl-v0 --context onehot --heads",
             "--train-tasks 200: expected at most 3: more are repetitions",
         ),
@@ -719,6 +724,16 @@ def test_what_cannot_work_is_one_line(tmp_path, flags, complaint):
     with pytest.raises(SystemExit, match=f"error: {complaint}"):
         mtl.main([*flags.split(), "--run-dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_task_whose_name_begins_like_a_stage_is_no_stage(capsys):
+    env = common.make("PointGoal-v0", 1, seed=1)
+    metrics = {"eval/return_ep0": -1.5, "eval/return_se_ep0": 0.1, "eval/adapt_steps_ep0": 0.0}
+    named = {"eval/return_epsilon": -9.25, "eval/return_episode_2": -8.25}
+    mtl.print_report(env, {**metrics, **named}, 4, "episode")
+    table = capsys.readouterr().out
+    assert "-1.500" in table and "9.25" not in table and "8.25" not in table
+    assert plot.stage_numbers({**metrics, **named, "eval/return_ep10": 0.0}) == [0, 10]
 
 
 # ---- learning
