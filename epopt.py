@@ -853,6 +853,8 @@ def check_epopt(args):
     require(several, "ensemble", args.ensemble, wanted)
     useful = args.ensemble == "normal" or not args.source_std
     require(useful, "source_std", args.source_std, "nothing: it belongs to --ensemble normal")
+    useful = args.ensemble != "uniform" or not args.source_mean
+    require(useful, "source_mean", args.source_mean, "nothing: --ensemble uniform draws without it")
     enough = args.particles * args.min_ess >= 5 or not args.adapt_to_target
     wanted = "at least 5 / min_ess, so that no round ends with one model"
     require(enough, "particles", args.particles, wanted)
@@ -873,6 +875,8 @@ def set_ensemble(env, args):
             require(len(values) == len(row), f"source_{name}", values, one_each)
             row[:] = torch.tensor(values, dtype=row.dtype)
     mean, std, low, high = rows
+    if args.ensemble == "uniform":
+        mean[:] = (low + high) / 2  # it has to lie between them
     kinds = {"normal": std, "uniform": torch.where(low < high, math.inf, 0.0), "single": 0 * mean}
     std[:] = kinds[args.ensemble]
     several = bool((std > 0).any()) or not args.adapt_to_target

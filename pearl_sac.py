@@ -79,11 +79,13 @@ RUN
         --eval-tasks 30 --save-every 5     # close to the released code; not run to its end by us
 
 RESULT (held-out tasks by episode, the first is eval/return_ep0; +- a standard error over tasks; flags in RUN
-        or, for SparsePointGoal and HalfCheetahDir, in benchmark/reproduce.py)
+        or, for SparsePointGoal, HalfCheetahDir and 4,000 tasks, in benchmark/reproduce.py)
     PointRobot         240,000 steps, 2 min of one core, 3 seeds: -18.1, -10.5 +- .2, -7.8, -7.3 in episodes
                        1 to 4; going to the middle -15.7, optimum told the goal -5.1
     the same with --context transitions                             -17.4, -15.5 +- .3, -12.9, -11.2
-    SparsePointGoal    720,000 steps, 8 min of a busy core, 3 seeds: 1.1, 2.7, 4.1 +- .2, 4.8; optimum 13.4
+    the same, 4,000 training tasks, 7.2 M steps, 39 min of a busy core, 1 seed: -19.2, -9.3 +- .2, -6.7, -6.4
+    SparsePointGoal    400 training tasks, 5.8 M steps, 10 min of a busy core, 3 seeds: 1.4, 3.3, 5.2 +- .2,
+                       6.6; posterior sampling with exact inference 1.5, 3.2, 4.9, 6.4; optimum 13.4
     HalfCheetahVel     1.5 M steps, 35 min of a busy core, 1 seed: -186, -36 +- 2, -34, -32; standing
                        still -282, VariBAD's released runs -25
     HalfCheetahDir     .9 M steps, 21 min, 1 seed: 172, 1187 +- 14, 1215, 1198; VariBAD's released runs 1900.

@@ -784,6 +784,7 @@ def test_a_target_that_no_particle_is_like_shows_in_the_misfit():
         ("--num-models 9", "--num-models 9: expected at least 1 / epsilon"),
         ("--ensemble gamma", "--ensemble gamma: expected one of normal uniform single"),
         ("--ensemble uniform --source-std 1 1 1 0", "--source-std .*: expected nothing"),
+        ("--ensemble uniform --source-mean 1 0.2 0.8 1", "--source-mean .*: expected nothing"),
         ("--adapt-to-target --particles 10", "--particles 10: expected at least 5 / min_ess"),
         ("--ensemble single --adapt-to-target", "--ensemble single: expected normal or uniform"),
         ("--source-low 1 2", "--source-low .*: expected a number for each of cart mass, pole mass"),
@@ -807,6 +808,13 @@ def test_what_cannot_work_is_one_line(tmp_path, monkeypatch, flags, complaint):
     with pytest.raises(SystemExit, match=f"error: {complaint}"):
         epopt.main([*flags.split(), "--run-dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def test_uniform_limits_need_not_hold_the_mean_of_the_environment():
+    env = common.make("CartPoleRunEnsemble-v0", 1, seed=0)  # whose mean is 1.2 kg
+    epopt.set_ensemble(env, epopt.Args(ensemble="uniform", source_low=(1.5, 0.1, 0.2, 1.0)))
+    masses = env.sample_tasks(500)[:, 0]
+    assert 1.5 <= masses.min() < 1.55 and 2.05 < masses.max() <= 2.1
 
 
 def test_models_that_mujoco_cannot_simulate_are_one_line(tmp_path):
