@@ -7,6 +7,7 @@ imported the script already.
 import contextlib
 import dataclasses
 import errno
+import functools
 import inspect
 import io
 import json
@@ -992,9 +993,9 @@ def test_interrupted_by_hand_it_says_in_one_line_how_to_go_on(tmp_path):
     job = JOBS["rl2_ppo"]
     endless = [*job.tiny, "--total-timesteps", "1000000000", "--run-dir", str(tmp_path)]
     command = [sys.executable, "-u", f"{job.name}.py", *endless]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background may not
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heed, **pipes) as process:
         said = process.stdout.readline()  # where it is, before training
         while not (only_run(tmp_path) / "metrics.jsonl").read_text():
             time.sleep(0.05)
