@@ -91,7 +91,7 @@ RUN
         --warmup-steps 15000 --input-noise 0.4 --correction-scale 0.1 --gamma 0.95 --lr 5e-4 --tau 0.005
         # two environments of your own: --env-id my_module:Simulator-v0 --target-env-id my_module:Robot-v0
         # (what they must offer: common/base.py); a robot that is one: --num-envs 1 --eval-tasks 1
-        # --eval-every 100, as evaluation plays in the target, too; it is made twice, for the two to alternate
+        # --eval-every 100: evaluation plays in the target, too, uncounted and in a second environment of it
 
 RESULT (in the target; +- a 95 % interval over seeds)
     PointWall       60,000 steps, 5,500 of them in the target, 2.3 min of a busy core, 3 seeds: 1.00 +- .01

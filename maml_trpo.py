@@ -511,7 +511,10 @@ def eval_step_sizes(args, trained_steps):
 
 
 def evaluate(policy, env, num_tasks, act_fn, args, trained_steps):
-    """The same frozen held-out tasks before and after every gradient step of eval_step_sizes. [T7]"""
+    """The same frozen held-out tasks before and after every gradient step of eval_step_sizes. [T7]
+
+    trained_steps: K of the training, whatever args.inner_steps asks for now.
+    """
     step_sizes = eval_step_sizes(args, trained_steps)
     with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
         torch.manual_seed(EVAL_SEED)

@@ -84,8 +84,8 @@ RESULT (held-out tasks by episode, the first is eval/return_ep0; +- a standard e
     PointRobot         240,000 steps, 2 min of one core, 3 seeds: -18.1, -10.5 +- .2, -7.8, -7.3 in episodes
                        1 to 4; going to the middle -15.7, optimum told the goal -5.1
     the same with --context transitions                             -17.4, -15.5 +- .3, -12.9, -11.2
-    the same, 2,000 training tasks (RUN), 5 min of a busy core, 3 seeds: -18.5, -9.8 +- .2, -6.9, -6.6; with
-                       4,000 of them, 39 min, 1 seed: -19.2, -9.3 +- .2, -6.7, -6.4
+    PointRobot         2,000 training tasks (RUN), 5 min of a busy core, 3 seeds: -18.5, -9.8 +- .2, -6.9,
+                       -6.6; with 4,000 of them, 39 min, 1 seed: -19.2, -9.3 +- .2, -6.7, -6.4
     SparsePointGoal    400 training tasks, 5.8 M steps, 10 min of a busy core, 3 seeds: 1.4, 3.3, 5.2 +- .2,
                        6.6; posterior sampling with exact inference 1.5, 3.2, 4.9, 6.4; optimum 13.4
     HalfCheetahVel     1.5 M steps, 35 min of a busy core, 1 seed: -186, -36 +- 2, -34, -32; standing

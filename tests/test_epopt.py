@@ -772,8 +772,9 @@ def test_a_target_that_no_particle_is_like_shows_in_the_misfit():
         source = epopt.Source(env, 2)
         metrics, _ = epopt.adapt(policy, epopt.draw_action, env, source, target, args)
         assert metrics["adapt/misfit"] == pytest.approx(2.0)
-        off[:] = math.nan  # every simulation failed
-        assert 1e9 < epopt.adapt(policy, None, env, source, target, args)[0]["adapt/misfit"] < math.inf
+        for failed in (math.nan, -math.inf):  # every simulation did
+            off[:] = failed
+            assert 1e9 < epopt.adapt(policy, None, env, source, target, args)[0]["adapt/misfit"] < math.inf
 
 
 @pytest.mark.parametrize(
@@ -796,6 +797,7 @@ def test_a_target_that_no_particle_is_like_shows_in_the_misfit():
             "--adapt-to-target --target 5 0.2 0.8 1",
             r"--target .*: expected \[0.3, .*where --adapt-to-target looks for it",
         ),
+        ("--adapt-to-target --target 0.1 0.2 0.8 1", r"--target .*: expected \[0.3, .*looks for it"),
         ("--adapt-to-target --source-std 0 0 0 0", "--source-std .*: expected a positive number"),
         ("--env-id PointGoal-v0 --ensemble uniform", "--env-id PointGoal-v0: has no ensemble"),
         ("--env-id PointGoal-v0 --adapt-to-target", "--env-id PointGoal-v0: has no ensemble"),
