@@ -869,6 +869,8 @@ def set_ensemble(env, args):
             unable = "has no ensemble, so no --ensemble, --source-..., --target or --adapt-to-target"
             fail(f"--env-id {args.env_id}: {unable}")
         return
+    able = env.can_simulate or not args.adapt_to_target
+    require(able, "env_id", args.env_id, "an ensemble with simulate, for --adapt-to-target")
     for row, (name, values) in zip(rows, given.items(), strict=True):
         if values:
             one_each = f"a number for each of {', '.join(env.parameter_names)}"

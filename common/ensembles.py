@@ -114,6 +114,10 @@ class Ensemble(TaskVectorEnv):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot repeat a step under other models")
 
+    @property
+    def can_simulate(self):
+        return type(self).simulate is not Ensemble.simulate
+
     # ---- hooks
 
     def _check(self, rows):

@@ -812,6 +812,19 @@ def test_what_cannot_work_is_one_line(tmp_path, monkeypatch, flags, complaint):
     assert not list(tmp_path.iterdir())
 
 
+def test_adapting_an_ensemble_that_cannot_simulate_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(epopt, "rollout", lambda *args: pytest.fail("training began"))
+    monkeypatch.delattr("common.ensembles.CartPoleEnsemble.simulate")
+    with pytest.raises(
+        SystemExit, match="error: --env-id .*: expected an ensemble with simulate, for --adapt"
+    ):
+        epopt.main(["--adapt-to-target", "--run-dir", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+    epopt.set_ensemble(
+        common.make("CartPoleRunEnsemble-v0", 1, seed=0), epopt.Args()
+    )  # nothing else needs it
+
+
 def test_uniform_limits_need_not_hold_the_mean_of_the_environment():
     env = common.make("CartPoleRunEnsemble-v0", 1, seed=0)  # whose mean is 1.2 kg
     epopt.set_ensemble(env, epopt.Args(ensemble="uniform", source_low=(1.5, 0.1, 0.2, 1.0)))
