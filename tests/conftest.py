@@ -18,6 +18,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from common.base import TaskVectorEnv, box  # noqa: E402
+from common.ensembles import PendulumEnsemble  # noqa: E402
 
 torch.set_num_threads(1)
 SCRIPTS = sorted(ROOT.glob("*.py"))  # every Python file at the top level is one algorithm
@@ -124,6 +125,15 @@ class FuseTask(TaskVectorEnv):
         return state + 1, reward, self.ends[self._clock - 1], {"success": success}
 
 
+class ShortPendulum(PendulumEnsemble):
+    """A tenth of the steps, for runs that need not learn."""
+
+    references = {"random": -121.7}  # -1216.8 in 200 steps
+
+    def __init__(self, num_envs, device="cpu", seed=None):
+        super().__init__(num_envs, 20, device, seed)
+
+
 def _register(env_id, entry):
     def make(**kwargs):
         return entry(**kwargs)
@@ -133,3 +143,4 @@ def _register(env_id, entry):
 
 
 _register("CueTask-v0", CueTask)
+_register("ShortPendulum-v0", ShortPendulum)

@@ -670,7 +670,7 @@ def last_row(folder):
 @pytest.mark.slow
 def test_it_walks_around_the_wall_and_without_the_correction_it_does_not(tmp_path, full):
     """Short: until the correction has found the wall. Full: the README's runs."""
-    short = ["--total-timesteps", "14000", "--eval-every", "1000"]
+    short = ["--total-timesteps", "10000", "--eval-every", "1000"]
     rows = {}
     for method in ("darc", "source"):
         flags = ["--method", method, "--run-dir", str(tmp_path / method), "--device", "cpu"]

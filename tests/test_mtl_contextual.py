@@ -783,7 +783,7 @@ def last_row(folder):
 @pytest.mark.slow
 def test_with_one_task_and_nothing_told_it_is_sac_and_solves_it(tmp_path):
     flags = "--env-id OneGoal-v0 --context none --train-tasks 8 --num-tasks 8 --batch-size 32"
-    flags += " --hidden-size 64 --total-timesteps 20000 --updates-per-step 0.1 --lr 0.001 --eval-every 100"
+    flags += " --hidden-size 64 --total-timesteps 12000 --updates-per-step 0.1 --lr 0.001 --eval-every 100"
     flags += " --device cpu"
     mtl.main([*flags.split(), "--run-dir", str(tmp_path)])
     best = one_goals_optimum()
@@ -793,7 +793,7 @@ def test_with_one_task_and_nothing_told_it_is_sac_and_solves_it(tmp_path):
 @pytest.mark.slow
 def test_told_the_goal_it_goes_there_and_told_nothing_it_does_not(tmp_path, full):
     """Short: until it has begun to. Full: the README's run."""
-    short = ["--total-timesteps", "40000", "--eval-tasks", "500"]
+    short = ["--total-timesteps", "28000", "--eval-tasks", "500"]
     returns = {}
     for context in ("task", "none"):
         flags = ["--context", context, "--run-dir", str(tmp_path / context), "--device", "cpu"]
@@ -806,13 +806,15 @@ def test_told_the_goal_it_goes_there_and_told_nothing_it_does_not(tmp_path, full
 def test_hindsight_learns_where_nothing_else_does(tmp_path, full):
     """In the maze. Short: it reaches far more goals with hindsight than without."""
     flags = "--env-id PointMaze-v0 --context goal --gamma 0.98 --lr 0.001 --eval-every 1000 --device cpu"
-    flags += f" --total-timesteps {200000 if full else 60000} --eval-tasks 300 --updates-per-step 0.05"
-    flags += f" --save-every 1000 --num-tasks {64 if full else 32}"
+    flags += " --eval-tasks 300 --save-every 1000"
+    whole = " --total-timesteps 200000 --updates-per-step 0.05"
+    short = " --total-timesteps 40000 --updates-per-step 0.04 --num-tasks 24 --train-tasks 100"
+    flags += whole if full else short
     solved = {}
     for her in ("future", "none"):
         mtl.main([*flags.split(), "--her", her, "--run-dir", str(tmp_path / her)])
         solved[her] = last_row(tmp_path / her)["eval/success_ep0"]
-    assert solved["future"] > (0.9 if full else 0.3) and solved["none"] < 0.2, solved
+    assert solved["future"] > (0.9 if full else 0.25) and solved["none"] < 0.2, solved
 
 
 def test_nothing_here_is_infinite():

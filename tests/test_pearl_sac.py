@@ -788,7 +788,7 @@ def test_actions_without_bounds_are_refused_in_one_line(tmp_path):
 def test_with_one_task_it_is_sac_and_solves_it(tmp_path):
     """The best path to the known goal from 1,000 random starts earns what PointRobot's optimum does there."""
     flags = "--env-id OneGoal-v0 --train-tasks 8 --num-tasks 8 --batch-size 32 --hidden-size 64 --kl-coef 1"
-    flags += " --latent-size 1 --total-timesteps 20000 --updates-per-step 0.2 --eval-every 100 --device cpu"
+    flags += " --latent-size 1 --total-timesteps 12000 --updates-per-step 0.2 --eval-every 100 --device cpu"
     pearl.main([*flags.split(), "--run-dir", str(tmp_path)])
     (log,) = tmp_path.glob("*/metrics.jsonl")
     last = json.loads(log.read_text().splitlines()[-1])
@@ -817,7 +817,7 @@ def probe(module, run, after):
 @pytest.mark.slow
 def test_it_finds_the_goal_of_the_point_robot(tmp_path, full):
     """Short: until it has begun to. Full: the README's run, 70 % of the way from middle to optimum."""
-    short = ["--total-timesteps", "48000", "--eval-tasks", "500"]
+    short = ["--total-timesteps", "48000", "--eval-tasks", "500", "--num-tasks", "32"]
     pearl.main(["--run-dir", str(tmp_path), "--device", "cpu", *([] if full else short)])
     (log,) = tmp_path.glob("*/metrics.jsonl")
     last = json.loads(log.read_text().splitlines()[-1])
