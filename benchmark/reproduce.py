@@ -125,7 +125,7 @@ PEARL_PLANE = (
     " --updates-per-step 0.006 --eval-every 2 --save-every 5"
 )
 PEARL_ARC = (
-    f"{PEARL_SPARSE.format(400, 0.003, BUDGET)} --replay-episodes 400 --eval-tasks 100 --save-every 10"
+    f"{PEARL_SPARSE.format(100, 0.003, BUDGET)} --replay-episodes 500 --eval-tasks 100 --save-every 10"
 )
 TOLD_PLANE = "--updates-per-step 0.003 --eval-every 5 --save-every 20"
 RUNNING = "--env-id HalfCheetahVel-v0 --total-timesteps 10000000 --eval-tasks 100"
