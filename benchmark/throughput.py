@@ -1,13 +1,14 @@
 """How fast the scripts are, where the time goes, and how far that is from the raw limit, measured in one run.
 
     python -m benchmark.throughput [envs] [physics] [rl2] [maml] [pearl] [mtl] [metaworld]
-                                   [darc] [epopt] [peer] [--device cpu|cuda] [--threads N] [--write]
+                                   [darc] [epopt] [peer] [--odrl FOLDER] [--device cpu|cuda] [--threads N]
+                                   [--write]
 
 --write puts the figures into results/throughput.csv, from which benchmark.report fills the README's tables of
 speed; do that with nothing else running. Every figure is a median over repetitions after a burn-in. Peers'
 figures were measured by us on another machine of two cores, so a ratio to them says an order of magnitude;
-ratios inside a run are good to a few %. But one peer is measured beside ours, in turns: `peer` wants
-`pip install stable-baselines3`.
+ratios inside a run are good to a few %. But two peers are measured beside ours, in turns: `peer` wants
+`pip install stable-baselines3`, --odrl a checkout of OffDynamicsRL/off-dynamics-rl and runs two of its files.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import dataclasses
 import json
 import os
 import platform
+import runpy
 import statistics
 import tempfile
 import time
@@ -333,9 +335,8 @@ def mtl(device, repeats=5, count=20, compiled=False, **flags):
     note(name, updates=1 / learning, hindsight=share)
 
 
-def darc(device, repeats=5, count=100, compiled=False, **changes):
-    """Iterations/s of darc_offdynamics.py at ODRL's sizes: a step of the source and a gradient step each."""
-    device = torch.device(device)
+def darc_job(device, count, compiled=False, **changes):
+    """darc_offdynamics.py at ODRL's sizes. Returns count gradient steps to call, agent, source and args."""
     sizes = {"env_id": "BrokenHalfCheetah-v0", "hidden_size": 256, "batch_size": 256, "replay_episodes": 20}
     args = dataclasses.replace(darc_offdynamics.Args(), **{**sizes, **changes})
     torch.manual_seed(0)
@@ -354,6 +355,14 @@ def darc(device, repeats=5, count=100, compiled=False, **changes):
     def learn():
         darc_offdynamics.update(agent, optimizer, step_fn, replays, count, True, args)
 
+    return learn, agent, source, args
+
+
+def darc(device, repeats=5, count=100, compiled=False, **changes):
+    """Iterations/s of darc_offdynamics.py at ODRL's sizes: a step of the source and a gradient step each."""
+    device = torch.device(device)
+    learn, agent, source, args = darc_job(device, count, compiled, **changes)
+    obs_dim, space = source.single_observation_space.shape[0], source.single_action_space
     start = rl2_ppo.clock(device)
     darc_offdynamics.rollout(agent, darc_offdynamics.sample_action, source)
     playing = (rl2_ppo.clock(device) - start) / source.horizon / args.num_envs
@@ -366,6 +375,48 @@ def darc(device, repeats=5, count=100, compiled=False, **changes):
     print(f"  the matrix products alone: {1 / raw:.0f}/s, {raw / total:.0%} of that time")
     name = f"darc_{args.method}" + "_compiled" * compiled
     note(name, iterations=1 / total, playing=playing / total, products=raw / total)
+
+
+def odrl(folder, turns=6, count=50):
+    """Gradient steps/s of ODRL's DARC and of darc_offdynamics.py, in turns; playing is left out of both.
+
+    folder: a checkout of off-dynamics-rl. Its classifiers learn in one of ten steps, from 128 transitions of
+    each domain, and not at all in its first 100,000 steps; ours in every step, from 256 of each.
+    """
+    files = {"darc": "algo/online_online/darc.py", "utils": "algo/utils.py"}
+    theirs = {name: runpy.run_path(str(Path(folder) / file)) for name, file in files.items()}
+    config = {"gamma": 0.99, "tau": 0.005, "state_dim": 17, "action_dim": 6, "max_action": 1.0}
+    config |= {"hidden_sizes": 256, "temperature_opt": False, "gaussian_noise_std": 1.0, "update_interval": 2}
+    config |= {"critic_lr": 3e-4, "actor_lr": 3e-4, "penalty_coefficient": 1.0}
+    replays = [theirs["utils"]["ReplayBuffer"](17, 6, "cpu", 10_000) for _ in range(2)]
+    for replay in replays:
+        for _ in range(1000):
+            state, after = torch.randn(2, 17).numpy()
+            replay.add(state, 2 * torch.rand(6).numpy() - 1, after, 0.0, 0.0)
+
+    def their_job(every, steps_before):
+        agent = theirs["darc"]["DARC"]({**config, "tar_env_interact_freq": every}, "cpu")
+        agent.total_it = steps_before
+        return lambda: [agent.train(*replays, 128) for _ in range(count)]
+
+    jobs = {
+        "ODRL, classifiers every tenth step": their_job(10, 100_000),
+        "ODRL, classifiers every step": their_job(1, 100_000),
+        "ODRL without, its first 100,000 steps": their_job(10, 0),
+        "ours, classifiers every step": darc_job("cpu", count)[0],
+        "ours without (--method source)": darc_job("cpu", count, method="source")[0],
+    }
+    seconds = {name: [] for name in jobs}
+    for turn in range(turns + 1):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if turn:  # the first is burn-in
+                seconds[name].append(time.perf_counter() - start)
+    speed = {name: count / statistics.median(times) for name, times in seconds.items()}
+    print("\nDARC, gradient steps/s: " + ", ".join(f"{name} {value:.1f}" for name, value in speed.items()))
+    keys = ("odrl", "odrl_every", "odrl_sac", "ours", "ours_sac")
+    note("peer_darc", **dict(zip(keys, speed.values(), strict=True)))
 
 
 def products_seconds(obs_dim, action_dim, args, device):
@@ -478,6 +529,9 @@ def main():
     parser.add_argument(
         "what", nargs="*", help="envs, physics, rl2, maml, pearl, mtl, darc, epopt, metaworld, peer"
     )
+    parser.add_argument(
+        "--odrl", default="", help="a checkout of off-dynamics-rl, to be measured beside ours"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's own choice")
     parser.add_argument("--write", action="store_true", help="write results/throughput.csv")
@@ -486,7 +540,10 @@ def main():
         torch.set_num_threads(options.threads)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.machine()}, {name}")
-    what = set(options.what) or {"envs", "physics", "rl2", "maml", "pearl", "mtl", "darc", "epopt"}
+    if options.odrl:
+        odrl(options.odrl)
+    everything = {"envs", "physics", "rl2", "maml", "pearl", "mtl", "darc", "epopt"}
+    what = set(options.what) or (set() if options.odrl else everything)
     if "envs" in what:
         env_steps(options.device)
     if "physics" in what:
