@@ -80,9 +80,9 @@ RESULT (held-out tasks, zero-shot; ClassicControl and MT3: the trained ones from
         interval, over seeds where there are three, else over tasks; more flags in benchmark/reproduce.py)
     PointGoal          300,000 steps, 1.5 min of two cores, 3 seeds: -.538 +- .004, all goals reached; told
                        nothing -37.9; optimum -.488
-    PointMaze          200,000 steps, 3 min of a busy core, 3 seeds: .95 +- .05 of the goals, without
+    PointMaze          200,000 steps, 3 to 7 min of a busy core, 3 seeds: .95 +- .03 of the goals, without
                        hindsight .08 to .66
-    ReacherGoal        150,000 steps, 2 min, 3 seeds: all goals, without hindsight .10 to .38
+    ReacherGoal        150,000 steps, 2 to 4 min, 3 seeds: all goals, without hindsight .10 to .38
     ClassicControl     250,000 steps, 24 min of a core that two other runs shared, 3 seeds: cart pole 147,
                        pendulum -143, acrobot 81 on average
     HalfCheetahVel     600,000 steps, 19 min, 3 seeds: -26 +- 13 (-24, -32, -23); PEARL -32
