@@ -49,7 +49,7 @@ TRAPS (each has a test that goes red when the trap is put in)
     T8  Episodes that end early end trials at different times: what follows the n-th episode is no data.
 
 RUN
-    python rl2_ppo.py                                     # 5 arms, 10 pulls: 1.5 to 2.5 minutes
+    python rl2_ppo.py                                     # 5 arms, 10 pulls: 1.5 to 3 minutes
     python rl2_ppo.py --env-id GridNavi-v0 --episodes-per-trial 4 --num-envs 1024 --epochs 2 --lr 0.005 \
         --gamma 0.99 --gae-lambda 0.95 --entropy-coef 0.1 --total-timesteps 14000000
     python rl2_ppo.py --episodes-per-trial 100 --num-envs 512 --hidden-size 128 --lr 0.005 --gamma 0.99 \
