@@ -125,10 +125,14 @@ def read(task):
     }
 
 
-def interquartile_mean(values):
-    """The mean of the middle half of the values, [..., n] -> [...]; a quarter is rounded down."""
-    count = values.shape[-1]
-    return np.sort(values)[..., count // 4 : count - count // 4].mean(-1)
+def interquartile_mean(values, axis=None):
+    """The mean of the middle half of all values, whatever their shape; a quarter is rounded down.
+
+    axis -1: of those along the last axis, [..., n] -> [...].
+    """
+    values = np.sort(values, axis)  # None: flattened
+    cut = values.shape[-1] // 4
+    return values[..., cut : values.shape[-1] - cut].mean(-1)
 
 
 def bootstrap(returns, repeats=2000):
@@ -136,7 +140,7 @@ def bootstrap(returns, repeats=2000):
     random = np.random.default_rng(0)
     seeds, tasks = (random.integers(count, size=(repeats, count)) for count in returns.shape)
     drawn = returns[seeds[:, :, None], tasks[:, None, :]]
-    return np.percentile(interquartile_mean(drawn.reshape(repeats, -1)), [2.5, 97.5])
+    return np.percentile(interquartile_mean(drawn.reshape(repeats, -1), -1), [2.5, 97.5])
 
 
 def curve(runs, stage):
@@ -168,9 +172,7 @@ def draw(task, run_dir, out):
             steps, mean, band = map(np.array, curve(runs_of(task, method, run_dir), STAGES - 1))
             left.plot(steps, mean, color=color, label=label)
             left.fill_between(steps, mean - band, mean + band, color=color, alpha=0.15, linewidth=0)
-        points = [
-            (steps.mean(), interquartile_mean(x.ravel()), *bootstrap(x)) for steps, _, x in stages.values()
-        ]
+        points = [(steps.mean(), interquartile_mean(x), *bootstrap(x)) for steps, _, x in stages.values()]
         x, middle, low, high = np.array(points).T
         if len(points) == 1:
             right.axhline(middle[0], color=color, linestyle=":")
@@ -179,7 +181,7 @@ def draw(task, run_dir, out):
             right.errorbar(
                 x, middle, yerr=bars, color=color, marker="o", markersize=3, capsize=2, label=label
             )
-    middle = interquartile_mean(found["random"][0][2].ravel())
+    middle = interquartile_mean(found["random"][0][2])
     for axes in (left, right):
         axes.axhline(middle, color="gray", linestyle="--", linewidth=1)
     left.annotate("random", (left.get_xlim()[0], middle), fontsize=7, color="gray", va="bottom")

@@ -109,7 +109,7 @@ def comparison(task):
 
 def summary(returns):
     """A cell of a comparison. returns: [seeds, tasks]."""
-    middle, (low, high) = compare.interquartile_mean(returns.ravel()), compare.bootstrap(returns)
+    middle, (low, high) = compare.interquartile_mean(returns), compare.bootstrap(returns)
     digits = 0 if abs(middle) >= 100 else 1 if abs(middle) >= 10 else 2
     texts = (plain(f"{value:.{digits}f}") for value in (middle, low, high, returns.mean()))
     return "{} [{}, {}] ({})".format(*texts)

@@ -381,7 +381,8 @@ def odrl(folder, turns=6, count=50):
     """Gradient steps/s of ODRL's DARC and of darc_offdynamics.py, in turns; playing is left out of both.
 
     folder: a checkout of off-dynamics-rl. Its classifiers learn in one of ten steps, from 128 transitions of
-    each domain, and not at all in its first 100,000 steps; ours in every step, from 256 of each.
+    each domain, and not at all in its first 100,000 steps; ours in every step, from 256 of each. Its
+    temperature is fixed, ours learned.
     """
     files = {"darc": "algo/online_online/darc.py", "utils": "algo/utils.py"}
     theirs = {name: runpy.run_path(str(Path(folder) / file)) for name, file in files.items()}

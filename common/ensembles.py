@@ -116,6 +116,7 @@ class Ensemble(TaskVectorEnv):
 
     @property
     def can_simulate(self):
+        """Does the subclass have a simulate of its own?"""
         return type(self).simulate is not Ensemble.simulate
 
     # ---- hooks

@@ -153,6 +153,8 @@ def check_the_normalizer_counts_hindsight_goals(module, her, rows=400):
     assert x.shape == (lengths.sum(), 4)
     changed = x[:, 2] != -7
     assert abs(changed.float().mean() - 0.8) < 0.05
+    some = (told[lengths == 6][..., 0] != -7).any(1) & (told[lengths == 6][..., 0] == -7).any(1)
+    assert some.any()  # drawn for each step by itself
     row, step, goal_row, goal = x[changed].T
     assert torch.equal(row, goal_row)
     end = lengths[row.long()].float()
@@ -173,9 +175,28 @@ def test_the_normalizer_counts_hindsight_goals(her):
         ("torch.where(pretended[..., None], goal, told)", "goal"),
         ("rows = torch.arange(len(told), device=told.device)", "rows = torch.arange(len(told)).flip(0)"),
         ('length = episode["valid"].sum(1, keepdim=True).long()', "length = torch.tensor([[6]])"),
+        ("torch.rand(step.shape, device=step.device) <", "torch.rand(len(told), 1) <"),
+        ("< hindsight_count(args) / args.batch_size", "< 0.5"),
     ):
         with pytest.raises(AssertionError):
             check_the_normalizer_counts_hindsight_goals(mutant("mtl_contextual", *trap), her)
+
+
+def check_a_goal_that_never_varies(module, folder):
+    """What a normaliser never saw vary it blows up and cuts: hindsight goals, had it seen one goal alone."""
+    flags = "--env-id PointRobot-v0 --context goal --her future --train-tasks 1 --num-tasks 1 --batch-size 5"
+    flags += " --total-timesteps 200 --updates-per-step 0.01 --eval-tasks 5 --hidden-size 4 --device cpu"
+    module.main([*flags.split(), "--run-dir", str(folder)])
+    (run,) = folder.iterdir()
+    std = mtl.load_checkpoint(run)["modules"]["agent"]["normalizer.std"]
+    assert std.shape == (4,) and (std > 0.1).all()  # of two observations and two goals
+
+
+def test_a_goal_that_never_varies_is_seen_beside_those_of_hindsight(tmp_path):
+    check_a_goal_that_never_varies(mtl, tmp_path / "shipped")
+    trapped = mutant("mtl_contextual", "torch.where(pretended[..., None], goal, told)", "told")
+    with pytest.raises(AssertionError):
+        check_a_goal_that_never_varies(trapped, tmp_path / "trapped")
 
 
 def headed(module, seen):
@@ -814,7 +835,7 @@ def test_hindsight_learns_where_nothing_else_does(tmp_path, full):
     for her in ("future", "none"):
         mtl.main([*flags.split(), "--her", her, "--run-dir", str(tmp_path / her)])
         solved[her] = last_row(tmp_path / her)["eval/success_ep0"]
-    assert solved["future"] > (0.9 if full else 0.25) and solved["none"] < 0.2, solved
+    assert solved["future"] > (0.9 if full else 0.3) and solved["none"] < 0.2, solved
 
 
 def test_nothing_here_is_infinite():
