@@ -719,7 +719,7 @@ def make_env(env_id, num_envs, device, seed, flag="--env-id"):
     """common.make, whose complaints end the program in one line."""
     try:
         return common.make(env_id, num_envs=num_envs, device=device, seed=seed)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, gym.error.Error) as error:
         fail(f"{flag} {env_id}: {error}")
 
 
@@ -997,3 +997,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted; --resume and the run folder go on from its last checkpoint")
+    except common.ContractError as error:
+        fail(error)

@@ -7,9 +7,9 @@ import sys
 import gymnasium as gym
 
 from common.adapter import register
-from common.base import TaskVectorEnv
+from common.base import ContractError, TaskVectorEnv
 
-__all__ = ["TaskVectorEnv", "ids", "make", "register"]
+__all__ = ["ContractError", "TaskVectorEnv", "ids", "make", "register"]
 
 for _id, _entry, _kwargs in [
     ("Bandit5-v0", "common.bandits:Bandit", {"arms": 5}),

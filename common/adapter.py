@@ -16,13 +16,15 @@ new attribute, without a word, when a name is misspelt: look once with vector_en
 """
 
 import functools
+import inspect
+import io
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
-from common.base import TaskVectorEnv, box
+from common.base import ContractError, TaskVectorEnv, box
 
 
 class AdaptedTasks(TaskVectorEnv):
@@ -31,17 +33,21 @@ class AdaptedTasks(TaskVectorEnv):
     env: a Gymnasium id (observations of any kind are flattened), or a callable num_envs -> VectorEnv in
     SAME_STEP autoreset mode with flat Box observations. Actions: Discrete counts from 0 here, and a Box is
     [-1, 1] here, clipped and rescaled.
-    set_tasks_fn(vector_env, tasks): applies task rows, numpy float32 [B, task_dim], at the reset.
+    set_tasks_fn(vector_env, tasks): applies task rows, numpy float32 [B, task_dim], before the inner reset,
+    which has to leave them alone.
     low, high: bounds of the task row; training and held-out tasks are uniform between them, unless
     sample(n, generator) -> [n, task_dim] is given, which draws from this generator only, on generator.device.
     horizon: episodes are cut there. An id has its own limit; a callable must keep to it itself.
-    get_state(vector_env) and set_state(vector_env, state): plain tensors and numbers; only with both is a
-    resumed run exact.
+    get_state(vector_env) and set_state(vector_env, state): plain tensors and numbers, no NumPy; only with
+    both is a resumed run exact.
     num_test_tasks: size of the held-out set; evaluating on all of it takes that many inner environments.
-    test_tasks: [num_test_tasks, task_dim], the held-out set itself, where it is not drawn like the others.
+    test_tasks: [n, task_dim], the held-out set itself, where it is not drawn like the others.
     goals: three functions in torch, achieved_goal(obs), compute_reward(achieved, goal) and
     compute_terminated(achieved, goal), where a task row is a goal (see TaskVectorEnv); obs must not show it.
-    success: the name under which the inner environment's info says whether the goal is reached.
+    success: the name under which the inner environment's info says whether the goal is reached; an info
+    without it says no.
+
+    Raises ValueError for arguments that cannot work, and ContractError (one too) for what shows later.
     """
 
     terminates = True
@@ -69,13 +75,20 @@ class AdaptedTasks(TaskVectorEnv):
         low, high = np.atleast_1d(np.float32(low)), np.atleast_1d(np.float32(high))
         task_space = gym.spaces.Box(low, high, dtype=np.float32)
         super().__init__(num_envs, obs_space, action_space, task_space, horizon, device, seed)
+        if sample is None and not task_space.is_bounded():
+            raise ValueError(f"low and high must be finite unless sample= draws the tasks, got {low}, {high}")
+        self._held_out = None if test_tasks is None else torch.as_tensor(test_tasks, dtype=torch.float32)
+        if test_tasks is not None:
+            num_test_tasks = len(self._checked_rows("test_tasks", self._held_out, len(test_tasks)))
         self.references, self.num_test_tasks = references or {}, num_test_tasks
         self._set_tasks_fn, self._sample = set_tasks_fn, sample
         self._get_state, self._set_state = get_state, set_state
         if goals is not None:
             self.goal_space = self.task_space
             self.achieved_goal, self.compute_reward, self.compute_terminated = goals
-        self._held_out, self._success, self.has_success = test_tasks, success, success is not None
+        self._success, self.has_success = success, success is not None
+        self._length = np.zeros(num_envs, np.int64)  # steps of each episode so far
+        self._steps = 0  # in all
 
     def _look_at(self, inner, num_envs, horizon):
         """Observation space, action space and horizon as base.py wants them. Refuses what cannot work."""
@@ -104,7 +117,8 @@ class AdaptedTasks(TaskVectorEnv):
 
     def _draw_tasks(self, n, generator):
         if self._sample is not None:
-            return torch.as_tensor(self._sample(n, generator), dtype=torch.float32, device=generator.device)
+            rows = torch.as_tensor(self._sample(n, generator), dtype=torch.float32, device=generator.device)
+            return self._checked_rows("sample", rows, n)
         bounds = torch.tensor(np.stack([self.task_space.low, self.task_space.high]), device=generator.device)
         low, high = bounds
         return low + (high - low) * torch.rand(n, len(low), generator=generator, device=generator.device)
@@ -112,7 +126,14 @@ class AdaptedTasks(TaskVectorEnv):
     def _draw_test_tasks(self, generator):
         if self._held_out is None:
             return super()._draw_test_tasks(generator)
-        return torch.as_tensor(self._held_out, dtype=torch.float32)
+        return self._held_out
+
+    def _checked_rows(self, name, rows, n):
+        if rows.shape != (n, *self.task_space.shape):
+            raise ContractError(
+                f"{name}: expected task rows [{n}, {self.task_space.shape[0]}], got {list(rows.shape)}"
+            )
+        return rows
 
     def _prepare(self):
         self._set_tasks_fn(self.inner, self._task.cpu().numpy().copy())
@@ -123,7 +144,10 @@ class AdaptedTasks(TaskVectorEnv):
         first = self._state is None or seed is not None
         draw = int(torch.randint(2**31, (), generator=self._generator, device=self.device)) if first else None
         obs, _ = self.inner.reset(seed=draw)  # environment i gets draw + i
+        if self._state is None and self._get_state is not None:
+            self._check_state(self._get_state(self.inner))
         self._state = True
+        self._length[:] = 0
         return self._to_torch(obs), {}
 
     def step(self, action):
@@ -134,6 +158,7 @@ class AdaptedTasks(TaskVectorEnv):
         final_obs, ended = np.array(obs, np.float32), terminated | truncated
         if ended.any():
             final_obs[ended] = np.stack(list(info["final_obs"][ended]))
+        self._check_step(obs, final_obs, reward, ended)
         flags = (self._to_torch(flag, torch.bool) for flag in (terminated, truncated & ~terminated))
         seen = {"final_obs": self._to_torch(final_obs)}
         if self.has_success:  # where an episode ended, the last step's info is under final_info
@@ -141,7 +166,44 @@ class AdaptedTasks(TaskVectorEnv):
             if ended.any():
                 success[ended] = info["final_info"].get(self._success, np.zeros(self.num_envs))[ended]
             seen["success"] = self._to_torch(success, torch.bool)
-        return self._to_torch(obs), self._to_torch(reward), *flags, seen
+        reward, (terminated, truncated) = self._to_torch(reward), flags
+        if self.goal_space is not None and self._steps <= self.horizon:  # rounding may differ at an edge
+            self._check_goals(seen["final_obs"], reward, terminated)
+        return self._to_torch(obs), reward, terminated, truncated, seen
+
+    def _check_state(self, state):
+        """A checkpoint that cannot be read back is found out before training."""
+        file = io.BytesIO()
+        try:
+            torch.save(state, file)
+            torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        except Exception as error:  # whatever pickle makes of somebody else's objects
+            raise ContractError(
+                f"get_state must return plain tensors and numbers, no NumPy ({type(error).__name__})"
+            ) from error
+
+    def _check_step(self, obs, final_obs, reward, ended):
+        """Refuse what would be learned from without a word."""
+        for name, value in {"observation": obs, "last observation": final_obs, "reward": reward}.items():
+            if not np.isfinite(value).all():
+                raise ContractError(f"the inner environment's {name} is not finite")
+        self._steps, self._length = self._steps + 1, self._length + 1
+        if self._length.max() > self.horizon:
+            raise ContractError(f"an episode of the inner environment went beyond its {self.horizon} steps")
+        self._length[ended] = 0
+
+    def _check_goals(self, final_obs, reward, terminated):
+        """goals= have to say what the inner environment does, or hindsight learns from something else."""
+        achieved = self.achieved_goal(final_obs)
+        if achieved.shape != self._task.shape:
+            raise ContractError(
+                f"achieved_goal: expected {list(self._task.shape)}, got {list(achieved.shape)}"
+            )
+        pays, ends = (f(achieved, self._task) for f in (self.compute_reward, self.compute_terminated))
+        if pays.shape != reward.shape or not torch.allclose(pays, reward, rtol=1e-3, atol=1e-4):
+            raise ContractError("compute_reward does not give the rewards of the inner environment")
+        if ends.dtype != torch.bool or not torch.equal(ends, terminated):
+            raise ContractError("compute_terminated does not end the inner environment's episodes")
 
     def close_extras(self, **kwargs):
         self.inner.close()
@@ -167,6 +229,8 @@ class AdaptedTasks(TaskVectorEnv):
 
 def register(env_id, env, set_tasks_fn, low, high, **kwargs):
     """Give your own task distribution an id that every script takes. Arguments: see AdaptedTasks."""
-    entry = functools.partial(AdaptedTasks, env=env, set_tasks_fn=set_tasks_fn, low=low, high=high, **kwargs)
+    kwargs = {"env": env, "set_tasks_fn": set_tasks_fn, "low": low, "high": high, **kwargs}
+    inspect.signature(AdaptedTasks).bind_partial(**kwargs)  # a name misspelt is a TypeError here
+    entry = functools.partial(AdaptedTasks, **kwargs)
     entry.is_task_distribution = True  # a partial hides the class that says so
     gym.register(env_id, vector_entry_point=entry)

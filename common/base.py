@@ -56,6 +56,10 @@ TEST_SEED = 3 * 2**30 + 7  # beyond both, so no training stream ever repeats the
 STATE = ("_task", "_next_task", "_state", "_clock", "_deadline")  # state_dict adds the random states
 
 
+class ContractError(ValueError):
+    """A task distribution does not do what it has to; the scripts end with its one line."""
+
+
 class TaskVectorEnv(gym.vector.VectorEnv):
     """A distribution over MDPs, played in parallel. Families in pure torch fill in the hooks.
 
@@ -233,19 +237,19 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         """Say what a family returns that it may not, before it fails far from here."""
         name, batch = type(self).__name__, (self.num_envs,)
         if obs.shape != (*batch, *self.single_observation_space.shape):
-            raise ValueError(
+            raise ContractError(
                 f"{name}: _observe returns {list(obs.shape)}, the space says {self.observation_space}"
             )
         if reward.shape != batch:
-            raise ValueError(f"{name}: a reward is [{self.num_envs}], got {list(reward.shape)}")
+            raise ContractError(f"{name}: a reward is [{self.num_envs}], got {list(reward.shape)}")
         if (terminated is not None) != self.terminates:
             given = "None" if terminated is None else "a tensor"
-            raise ValueError(f"{name}: terminates is {self.terminates}, and terminated is {given}")
+            raise ContractError(f"{name}: terminates is {self.terminates}, and terminated is {given}")
         if terminated is not None and (terminated.shape != batch or terminated.dtype != torch.bool):
             given = f"{terminated.dtype} {list(terminated.shape)}"
-            raise ValueError(f"{name}: terminated is [{self.num_envs}] bool, got {given}")
+            raise ContractError(f"{name}: terminated is [{self.num_envs}] bool, got {given}")
         if self.has_success and "success" not in info:
-            raise ValueError(f"{name}: has_success is True, and info has no success")
+            raise ContractError(f"{name}: has_success is True, and info has no success")
 
     def _require_reset(self):
         if self._state is None or self._next_task is not None:

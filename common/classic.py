@@ -10,8 +10,9 @@ pendulum  Pendulum-v1  2 Nm           cos, sin, angle', 0, 0, 0                 
 acrobot   Acrobot-v1   1 Nm           cos, sin, cos, sin, and both velocities     height of the tip, 0 to 1
 
 The cart's episode ends where CartPole-v1's does, 2.4 m from the middle (not where the pole falls: it begins
-there). CartPole-v1 and Acrobot-v1 push to either side only; here any force between is possible. A step is
-.02, .05 and .2 s. CartPoleSwingUp-v0, PendulumSwingUp-v0 and AcrobotSwingUp-v0 have the one body only.
+there). CartPole-v1 pushes to either side only, Acrobot-v1 knows -1, 0 and 1 Nm; here any force between is
+possible. A step is .02, .05 and .2 s. CartPoleSwingUp-v0, PendulumSwingUp-v0 and AcrobotSwingUp-v0 have the
+one body only.
 """
 
 import math

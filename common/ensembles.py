@@ -107,6 +107,13 @@ class Ensemble(TaskVectorEnv):
         obs, info = super().reset(seed=seed, options=options)
         return obs, {**info, **self._inform()}
 
+    def state_dict(self):
+        return {**super().state_dict(), "_ensemble": self.ensemble}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self._ensemble = state["_ensemble"].to(self.device, copy=True)
+
     def simulate(self, tasks, state, action):
         """One step of each model from a recorded state. Pure: this environment's own worlds never notice.
 

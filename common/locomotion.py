@@ -133,11 +133,13 @@ class Locomotion(TaskVectorEnv):
     # ---- exact resume
 
     def state_dict(self):
-        return {**super().state_dict(), "_place": torch.from_numpy(self._place.copy())}
+        awake = None if self._awake is None else torch.from_numpy(self._awake.copy())
+        return {**super().state_dict(), "_place": torch.from_numpy(self._place.copy()), "_awake": awake}
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self._place = state["_place"].cpu().numpy().copy()
+        self._awake = None if state["_awake"] is None else state["_awake"].cpu().numpy().copy()
         if self._state is not None:
             self._state = self._rows.copy_(self._state)  # MuJoCo reads its own memory
             self._deadline = self._deadline.cpu()

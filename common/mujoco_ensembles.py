@@ -6,8 +6,8 @@ HalfCheetahEnsemble-v0   HalfCheetah-v5: its reward v - .1 |a|^2, 1000 steps.
 A task row is (torso mass in kg, friction, joint damping, joint armature, factor on a limb's mass), the last
 of which is not varied in training; see ensembles.py. The means, deviations and limits are the paper's table
 as we remember it. A mass comes with its moments of inertia. Friction is set for the floor and the feet, as a
-contact takes the larger of its two; damping and armature for all joints that have a motor. The cheetah has
-six different dampings of its own, 1.5 to 6, and its stiffness is left as it is.
+contact takes the larger of its two; damping and armature for all joints that have a motor. The cheetah's
+joints have dampings of their own, 1.5 to 6, and its stiffness is left as it is.
 """
 
 import mujoco

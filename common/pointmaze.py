@@ -7,8 +7,8 @@ PointMaze-v0  The walls are D4RL's medium maze (Fu et al. 2020, arXiv:2004.07219
               slides along. Reward -1 a step, 0 at the step that comes within .1 of the goal, which ends the
               episode; at most 100 steps.
 
-DIFFERS from D4RL and Gymnasium-Robotics: their ball has a mass and is pushed, it has to come within .45 of a
-goal, and it starts anywhere.
+DIFFERS from D4RL and Gymnasium-Robotics: their ball has a mass and is pushed, it has to come within .5 or .45
+of a goal, and it starts anywhere.
 """
 
 import torch

@@ -194,6 +194,16 @@ def test_with_get_state_and_set_state_a_resume_is_exact(mode, tmp_path):
     env.close(), other.close()
 
 
+def test_a_state_that_no_checkpoint_gives_back_is_refused_at_the_first_reset():
+    def with_numpy(vector_env):
+        return {"state": list(vector_env.get_attr("state"))}
+
+    for state in (with_numpy, lambda vector_env: [lambda: 0], lambda vector_env: np.float64(1)):
+        env = cartpole(get_state=state, set_state=set_state)
+        with pytest.raises(common.ContractError, match="get_state must return plain tensors and numbers"):
+            env.reset(seed=1)
+
+
 # ---- what a foreign environment may look like
 
 
@@ -307,12 +317,73 @@ class Many(Toy):
         (vectorized(Unbounded), {"horizon": 3}, "finite bounds"),
         (vectorized(Many), {"horizon": 3}, "must be Discrete or a flat float Box"),
         ("CartPole-v1", {"vectorization_mode": "vector_entry_point"}, "'sync' or 'async'"),
+        ("CartPole-v1", {"test_tasks": [0.1, 0.2]}, r"test_tasks: expected task rows \[2, 1\], got \[2\]"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(env, kwargs, complaint):
     with pytest.raises(ValueError, match=complaint) as error:
         adapted(env, **kwargs)
     assert "\n" not in str(error.value)
+
+
+def test_bounds_have_to_be_finite_where_tasks_are_drawn_between_them():
+    arguments = (2, "CartPole-v1", set_lengths, [0.25], [np.inf])
+    with pytest.raises(ValueError, match="low and high must be finite"):
+        AdaptedTasks(*arguments)
+    env = AdaptedTasks(*arguments, sample=lambda n, generator: np.full((n, 1), 7.0))
+    assert env.sample_tasks(3).tolist() == [[7.0]] * 3
+
+
+def test_a_held_out_set_that_is_given_has_its_own_size():
+    env = adapted("CartPole-v1", test_tasks=[[0.1], [0.2], [0.3]])
+    assert env.num_test_tasks == 3 and env.sample_tasks(2, split="test").flatten().tolist() == [
+        pytest.approx(0.1),
+        pytest.approx(0.2),
+    ]
+    with pytest.raises(ValueError, match="has 3 tasks, 5 asked for"):
+        env.sample_tasks(5, split="test")
+
+
+def test_rows_that_sample_gives_in_another_shape_are_refused():
+    env = adapted("CartPole-v1", sample=lambda n, generator: torch.rand(n, generator=generator))
+    with pytest.raises(common.ContractError, match=r"sample: expected task rows \[4, 1\], got \[4\]"):
+        env.sample_tasks(4)
+
+
+def test_an_episode_beyond_the_horizon_is_refused_and_one_of_that_length_is_not():
+    env = adapted(vectorized(Toy), horizon=3)
+    env.reset(), play(env, 10)
+    env = adapted(vectorized(Toy), horizon=2)
+    env.reset(), play(env, 2)
+    with pytest.raises(common.ContractError, match="went beyond its 2 steps"):
+        play(env, 1)
+    for _ in range(3):  # a reset begins new episodes
+        env.reset(), play(env, 2)
+
+
+@pytest.mark.parametrize("bad", ["observation", "last observation", "reward"])
+def test_numbers_that_are_not_finite_are_refused_where_they_come_from(bad):
+    class Broken(Toy):
+        def see(self):
+            first = self.count == 0 and getattr(self, "ends", 0) > 0
+            now = {"observation": first, "last observation": self.count == 3}.get(bad, False)
+            return np.array([0.5, np.nan if now else 0.5])
+
+        def step(self, action):
+            obs, reward, terminated, truncated, info = super().step(action)
+            self.ends = getattr(self, "ends", 0) + int(terminated)
+            return obs, np.inf if bad == "reward" and terminated else reward, terminated, truncated, info
+
+    env = adapted(vectorized(Broken), horizon=3)
+    env.reset(), play(env, 2)
+    with pytest.raises(common.ContractError, match=f"environment's {bad} is not finite"):
+        play(env, 1)
+
+
+def test_a_misspelt_argument_is_refused_where_it_is_registered():
+    with pytest.raises(TypeError, match="horizn"):
+        common.register("NeverMade-v0", "CartPole-v1", set_lengths, low=[0.25], high=[1.5], horizn=3)
+    assert "NeverMade-v0" not in common.ids()
 
 
 def test_a_registered_environment_is_made_like_ours(tmp_path, monkeypatch):
@@ -367,18 +438,38 @@ class Lights(gym.Env):
         return np.float32([self.place]), float(near) - 1, near, self.age == 5, info
 
 
+GOALS = (
+    lambda obs: obs,
+    lambda achieved, goal: ((achieved - goal).abs() < 0.5).float().squeeze(-1) - 1,
+    lambda achieved, goal: ((achieved - goal).abs() < 0.5).squeeze(-1),
+)
+LIGHTS = (
+    lambda n: gym.vector.SyncVectorEnv([Lights] * n, autoreset_mode=AutoresetMode.SAME_STEP),
+    lambda env, tasks: env.set_attr("goal", tasks[:, 0].tolist()),
+)
+
+
+@pytest.mark.parametrize(
+    ("which", "wrong", "complaint"),
+    [
+        (0, lambda obs: obs.repeat(1, 2), r"achieved_goal: expected \[6, 1\], got \[6, 2\]"),
+        (1, lambda achieved, goal: ((achieved - goal).abs() < 2).float().squeeze(-1) - 1, "compute_reward"),
+        (1, lambda achieved, goal: ((achieved - goal).abs() < 0.5).float() - 1, "compute_reward"),
+        (2, lambda achieved, goal: ((achieved - goal).abs() < 2).squeeze(-1), "compute_terminated"),
+        (2, lambda achieved, goal: ((achieved - goal).abs() < 0.5).squeeze(-1).float(), "compute_terminated"),
+    ],
+)
+def test_goals_that_say_something_else_than_the_environment_are_refused(which, wrong, complaint):
+    goals = [*GOALS[:which], wrong, *GOALS[which + 1 :]]
+    env = AdaptedTasks(6, *LIGHTS, low=[-5], high=[5], horizon=5, goals=goals)
+    env.set_tasks(torch.arange(6.0)[:, None] + 1)
+    env.reset(seed=0)
+    with pytest.raises(common.ContractError, match=complaint):
+        env.step(torch.full((6, 1), 0.4))
+
+
 def test_goals_and_success_of_an_adapted_environment():
-    goals = (
-        lambda obs: obs,
-        lambda achieved, goal: ((achieved - goal).abs() < 0.5).float().squeeze(-1) - 1,
-        lambda achieved, goal: ((achieved - goal).abs() < 0.5).squeeze(-1),
-    )
-    common.register(
-        "Lights-v0",
-        lambda n: gym.vector.SyncVectorEnv([Lights] * n, autoreset_mode=AutoresetMode.SAME_STEP),
-        lambda env, tasks: env.set_attr("goal", tasks[:, 0].tolist()),
-        low=[-5], high=[5], horizon=5, goals=goals, success="near",
-    )  # fmt: skip
+    common.register("Lights-v0", *LIGHTS, low=[-5], high=[5], horizon=5, goals=GOALS, success="near")
     env = common.make("Lights-v0", num_envs=6, seed=0)
     assert env.goal_space == env.task_space and env.has_success
     tasks = torch.tensor([[1.0], [2.0], [3.0], [-1.0], [9.0], [4.0]])

@@ -296,6 +296,16 @@ def test_friction_is_set_where_the_feet_meet_the_floor(env_id, mujoco):
         assert frictions == pytest.approx(tasks[:, 1].tolist())
 
 
+def test_a_saved_state_draws_from_the_same_ensemble():
+    env = common.make("CartPoleEnsemble-v0", 2, seed=0).unwrapped
+    rows = env.ensemble
+    rows[1, :2] = 0
+    env.ensemble = rows
+    fresh = common.make("CartPoleEnsemble-v0", 2, seed=1).unwrapped
+    fresh.load_state_dict(env.state_dict())
+    assert torch.equal(fresh.ensemble, rows) and torch.equal(fresh.sample_tasks(3), env.sample_tasks(3))
+
+
 # ---- the simulator's state
 
 

@@ -320,6 +320,17 @@ def test_worlds_that_rest_stand_still_and_no_other_notices():
     assert not torch.equal(envs[1].step(action)[0][rests], envs[1].step(action)[0][rests])
 
 
+def test_worlds_that_rest_go_on_resting_in_a_saved_state(tmp_path):
+    env, _ = made("HopperRandParams-v0", 6)
+    env.rest(torch.tensor([1, 0, 1, 0, 0, 0]).bool())
+    play(env, 2)
+    torch.save(env.state_dict(), tmp_path / "state.pt")
+    fresh = common.make("HopperRandParams-v0", 6, seed=9).unwrapped
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    # long enough to fall: a world that woke up would draw the next start of another
+    assert same(play(env, 60, seed=1), play(fresh, 60, seed=1))
+
+
 def test_a_fall_at_the_horizon_terminates_and_does_not_truncate():
     env, _ = made("HopperRandParams-v0", num_envs=256, horizon=12)
     _, _, terminated, truncated, _ = play(env, 48)

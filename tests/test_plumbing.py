@@ -26,9 +26,12 @@ import time
 import typing
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
 from conftest import ROOT, script
+
+import common
 
 
 class Job:
@@ -696,6 +699,15 @@ def test_an_unknown_environment_lists_the_known_ones(job, no_training):
     )
 
 
+def test_an_adapted_environment_that_gymnasium_does_not_know(job, no_training):
+    common.register("NoInner-v0", "NoSuchEnv-v1", print, low=[0.0], high=[1.0])
+    try:
+        message = one_line(job.module.main, [*job.tiny, *no_training, "--env-id", "NoInner-v0"])
+    finally:
+        gym.registry.pop("NoInner-v0")
+    assert "--env-id NoInner-v0" in message and "NoSuchEnv" in message
+
+
 def test_cuda_without_cuda(job, no_training, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # on a machine with a GPU, too
     message = one_line(job.module.main, [*job.tiny, *no_training, "--device", "cuda"])
@@ -1005,6 +1017,29 @@ def test_interrupted_by_hand_it_says_in_one_line_how_to_go_on(tmp_path):
     assert process.returncode == 1 and "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("error: interrupted; --resume")
     assert checkpoint_of(only_run(tmp_path))
+
+
+def test_an_environment_that_breaks_its_contract_while_training_ends_in_one_line(tmp_path):
+    """Without the adapter's look PyTorch would refuse to draw from probabilities that are NaN."""
+    (tmp_path / "leaking.py").write_text("""
+import common, gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Leaking(CartPoleEnv):
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs * float("nan"), *rest
+
+gymnasium.register("Leaking-v0", entry_point=Leaking, max_episode_steps=9)
+common.register("LeakingTasks-v0", "Leaking-v0", lambda env, tasks: None, low=[0.0], high=[1.0])
+""")
+    job = JOBS["rl2_ppo"]
+    argv = [*job.tiny, "--env-id", "leaking:LeakingTasks-v0", "--run-dir", str(tmp_path / "runs")]
+    path = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, f"{job.name}.py", *argv]
+    done = subprocess.run(command, cwd=ROOT, env=path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: the inner environment's observation is not finite"
 
 
 def test_every_script_ends_in_the_same_way():
