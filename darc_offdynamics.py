@@ -34,7 +34,7 @@ ALGORITHM  [Alg 1]
             where a' ~ pi(. | s') and a~ ~ pi(. | s)
     in the target: play with the policy's mean for an action. Nothing is trained.
     --method source leaves out delta r, classifiers and target; importance_weighting weighs the critics'
-    errors by exp(delta r) instead; target is SAC in the target alone, with all total_timesteps there.
+    squared errors by exp(delta r) instead; target is SAC in the target alone, with all total_timesteps there.
     SAC: Haarnoja et al. 2018, arXiv:1801.01290; with a learned temperature 1812.05905, whose equation
     numbers these are.
 
@@ -42,11 +42,11 @@ DIFFERS FROM THE PAPER
     D1  Whole episodes are played between bouts of gradient steps, in num_envs environments side by side;
         there, a step and a gradient step alternate, here it is five steps to one, on BrokenReacher fourteen.
     D2  The classifier of (s, a, s') reads s' - s as well: the same information, and what domains differ in.
-    D3  The logits of (s, a, s') are those of (s, a) plus a network's, which is the correction itself, as in
-        the released code (which sends that loss's gradient through both; here those of (s, a) are held
-        fixed). The paper has two classifiers apart. Where the target never comes both say "source" with more
-        and more conviction, and the difference of two such numbers is anything: the policy finds the places
-        where it happens to be positive.
+    D3  The logits of (s, a, s') are those of (s, a) plus a network's, which is the correction itself. So it
+        is in the paper, which sends the first loss's gradient through both; here those of (s, a) are held
+        fixed there, and one draw of noise serves both. With two networks apart, where the target never comes
+        both say "source" with more and more conviction, and the difference of two such numbers is anything:
+        the policy finds the places where it happens to be positive.
     D4  The inputs of all networks are normalised by what was played, as in HER (arXiv:1707.01495). The
         classifiers' had better be: the noise on them has one size for all. Deviations below .01 are not
         blown up: choose units in which a step changes more.
@@ -96,7 +96,7 @@ RUN
 RESULT (in the target; +- a 95 % interval over seeds)
     PointWall       60,000 steps, 5,500 of them in the target, 2.3 min of a busy core, 3 seeds: 1.00 +- .01
                     of the episodes come to the goal, source only and importance weighting .26
-    BrokenReacher   165,000 steps, 16,000 in the target, 2.4 min, 10 seeds: -10.5 +- .4; source only -11.1 +-
+    BrokenReacher   165,000 steps, 16,000 in the target, 10 seeds: -10.5 +- .4; source only -11.1 +-
                     .6, importance weighting -11.3 +- .5. 220,000 steps, 4.5 min, 10 seeds: -10.3 +-
                     .5, -11.0 +- .6, -11.7 +- 1.2; trained in the target, ten times its steps, -9.3
     BrokenHalfCheetah, flags in benchmark/reproduce.py: 220,000 steps, 20,000 in the target, 17 min, 3 seeds:
@@ -169,7 +169,7 @@ class Args:
     autotune: bool = True  # learn the entropy temperature so that entropy is about minus the action dimension
     alpha: float = 0.1  # entropy temperature; with autotune the first one
     deterministic_eval: bool = True  # at evaluation act by the policy's mean
-    eval_episodes: int = 1  # episodes from each frozen start
+    eval_episodes: int = 1  # episodes in each environment, every one from a frozen start of its own
     eval_tasks: int = 0  # frozen starts in each domain; 0: as many as the target has, at most 1,000
 
 
@@ -267,7 +267,7 @@ class Normalizer(nn.Module):
         self.std.copy_((self.squares / self.count - mean**2).clamp(min=0.01**2).sqrt())
 
     def forward(self, x):
-        """[..., input] -> [..., input]"""
+        """[..., input] -> [..., input], cut to 5 deviations."""
         return ((x - self.mean) / self.std).clamp(-5, 5)
 
 
@@ -381,12 +381,18 @@ class ReplayBuffer:
     def __init__(self, rows, capacity, horizon, obs_dim, action_dim, device):
         widths = {"action": (action_dim,), "reward": (), "train_reward": (), "terminated": ()}
         shapes = {"obs": (horizon + 1, obs_dim), **{key: (horizon, *width) for key, width in widths.items()}}
-        self.data = {key: torch.zeros(rows, capacity, *shape, device=device) for key, shape in shapes.items()}
+        size = 4 * rows * capacity * sum(math.prod(shape) for shape in shapes.values())  # bytes
+        try:
+            self.data = {key: torch.zeros(rows, capacity, *s, device=device) for key, s in shapes.items()}
+        except RuntimeError:
+            fail(f"--replay-episodes {capacity}: {rows} rings of so many would take {size / 1e9:.1f} GB")
         self.length = torch.zeros(rows, capacity, dtype=torch.int64, device=device)  # steps of each episode
         self.capacity, self.horizon, self.count = capacity, horizon, 0  # count: of episodes, for each row
 
     def add(self, episode):
         """One more episode for every row, as rollout returns it: a dict of [rows, T, ...]."""
+        if not all(bool(episode[name].isfinite().all()) for name in ("obs", "reward", "train_reward")):
+            raise common.ContractError("an observation or a reward of the environment is not finite")
         slot = self.count % self.capacity
         for name, ring in self.data.items():
             ring[:, slot, : episode[name].shape[1]] = episode[name]
@@ -627,7 +633,8 @@ def evaluate(agent, envs, act_fn, args):
             metrics[f"eval/return_{name}"] = float(returns.mean())
             if env.has_success:
                 metrics[f"eval/success_{name}"] = float(success.mean())
-            if name == "source" and args.method in CLASSIFYING:
+            learned = bool(agent.steps.all())  # of a run of another method nothing may have been
+            if name == "source" and args.method in CLASSIFYING and learned:
                 transitions = [torch.cat(parts) for parts in zip(*map(transitions_of, episodes), strict=True)]
                 delta = reward_correction(agent.classifiers, *transitions).sort().values
                 metrics["eval/correction_mean"] = float(delta.mean())
@@ -760,7 +767,7 @@ def restore(checkpoint, modules):
     for name, module in modules.items():
         try:
             module.load_state_dict(checkpoint["modules"][name])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"the {name} of {checkpoint['file']} does not fit: {textwrap.shorten(str(error), 200)}")
     torch.set_rng_state(checkpoint["rng"])
     if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
@@ -773,6 +780,8 @@ def start_run(args, checkpoint):
     folder = Path(args.run_dir) / re.sub(r"[^\w.-]", ".", stamp)
     folder = folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
     folder = Path(checkpoint["file"]).parent if checkpoint else folder
+    if checkpoint and Path(checkpoint["file"]).name != "checkpoint.pt":  # a copy must not undo what followed
+        fail(f"--resume {checkpoint['file']}: give it a folder of its own and the name checkpoint.pt")
     wandb_id = checkpoint["wandb_id"] if checkpoint else ""
     run = {"folder": folder, "wandb": None, "wandb_id": wandb_id, "unsent": []}
     try:

@@ -42,9 +42,10 @@ DIFFERS FROM THE PAPER
         task, also where tasks are draws from a continuum; with hindsight it is that of the task in which the
         transition was played. Adam's momentum also moves those (and heads) of tasks not in the batch.
     D4  Inputs are normalised as in HER, unlike in multi-task SAC, by what was played, with hindsight goals in
-        the share that batches have. The statistics move after each episode of all tasks, and the first one
-        is played without. With the same flags the sparse reacher came to .98 of its goals after 256,000 steps
-        without it and to all of them after 32,000 with it (one seed).
+        the share that batches have, and cut to 5; deviations below .01 are not blown up. The statistics move
+        after each episode of all tasks, and the first one is played without. With the same flags the sparse
+        reacher came to .98 of its goals after 256,000 steps without it and to all of them after 32,000 with
+        it (one seed).
     D5  Smaller networks, and fewer transitions of a task, by default than the papers'.
 
 TRAPS (each has a test that goes red when the trap is put in)
@@ -246,7 +247,7 @@ class Normalizer(nn.Module):
         self.std.copy_((self.squares / self.count - mean**2).clamp(min=0.01**2).sqrt())
 
     def forward(self, x):
-        """[..., input] -> [..., input]"""
+        """[..., input] -> [..., input], cut to 5 deviations."""
         return ((x - self.mean) / self.std).clamp(-5, 5)
 
 
@@ -363,12 +364,18 @@ class ReplayBuffer:
     def __init__(self, rows, capacity, horizon, obs_dim, action_dim, device):
         widths = {"action": (action_dim,), "reward": (), "train_reward": (), "terminated": ()}
         shapes = {"obs": (horizon + 1, obs_dim), **{key: (horizon, *width) for key, width in widths.items()}}
-        self.data = {key: torch.zeros(rows, capacity, *shape, device=device) for key, shape in shapes.items()}
+        size = 4 * rows * capacity * sum(math.prod(shape) for shape in shapes.values())  # bytes
+        try:
+            self.data = {key: torch.zeros(rows, capacity, *s, device=device) for key, s in shapes.items()}
+        except RuntimeError:
+            fail(f"--replay-episodes {capacity}: {rows} rings of so many would take {size / 1e9:.1f} GB")
         self.length = torch.zeros(rows, capacity, dtype=torch.int64, device=device)  # steps of each episode
         self.capacity, self.horizon, self.count = capacity, horizon, 0  # count: of episodes, for each row
 
     def add(self, episode):
         """One more episode for every row, as rollout returns it: a dict of [rows, T, ...]."""
+        if not all(bool(episode[name].isfinite().all()) for name in ("obs", "reward", "train_reward")):
+            raise common.ContractError("an observation or a reward of the environment is not finite")
         slot = self.count % self.capacity
         for name, ring in self.data.items():
             ring[:, slot, : episode[name].shape[1]] = episode[name]
@@ -405,7 +412,7 @@ class ReplayBuffer:
 
 
 def collect(agent, act_fn, env, contexts, replay, args):
-    """Play the same number of episodes on every training task. Returns the number of steps."""
+    """Play the same number of episodes on every training task. contexts: [B, context]. Returns the steps."""
     steps = 0
     for _ in range(args.episodes_per_task):
         episode = rollout(agent, act_fn, env, contexts)
@@ -416,7 +423,9 @@ def collect(agent, act_fn, env, contexts, replay, args):
 
 
 def hindsight_index(step, length, strategy):
-    """Which observation's goal to pretend. step, length (of the episode): [N, M] -> [N, M].
+    """Which observation's goal to pretend: the last (strategy "final") or any later one ("future").
+
+    step, length (of the episode): [N, M] -> [N, M].
 
     Observation i is the one before step i, so step t leads to observation t + 1, and `length` is the last.
     """
@@ -751,7 +760,7 @@ def restore(checkpoint, modules):
     for name, module in modules.items():
         try:
             module.load_state_dict(checkpoint["modules"][name])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"the {name} of {checkpoint['file']} does not fit: {textwrap.shorten(str(error), 200)}")
     torch.set_rng_state(checkpoint["rng"])
     if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
@@ -764,6 +773,8 @@ def start_run(args, checkpoint):
     folder = Path(args.run_dir) / re.sub(r"[^\w.-]", ".", stamp)
     folder = folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
     folder = Path(checkpoint["file"]).parent if checkpoint else folder
+    if checkpoint and Path(checkpoint["file"]).name != "checkpoint.pt":  # a copy must not undo what followed
+        fail(f"--resume {checkpoint['file']}: give it a folder of its own and the name checkpoint.pt")
     wandb_id = checkpoint["wandb_id"] if checkpoint else ""
     run = {"folder": folder, "wandb": None, "wandb_id": wandb_id, "unsent": []}
     try:
@@ -868,7 +879,7 @@ def check_contextual(args):
     require(0 < args.tau <= 1, "tau", args.tau, "more than 0, at most 1")
     for name, allowed in (("context", "task onehot goal none"), ("her", "none final future")):
         require(getattr(args, name) in allowed.split(), name, getattr(args, name), f"one of {allowed}")
-    fine = bool(args.reward_scale) and all(0 < scale < math.inf for scale in args.reward_scale)
+    fine = bool(args.reward_scale) and all(0 < scale < 1e38 for scale in args.reward_scale)
     require(fine, "reward_scale", args.reward_scale, "one positive number, or one for each named task")
     most = args.train_tasks
     require(args.num_tasks <= most, "num_tasks", args.num_tasks, f"at most {most}, the training tasks")

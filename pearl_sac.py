@@ -143,10 +143,10 @@ class Args:
     num_tasks: int = 64  # N, tasks of a batch
     batch_size: int = 16  # transitions of each of them in the critics' and the actor's losses
     replay_episodes: int = 1000  # episodes that a task's ring holds
-    context: str = "episodes"  # whole episodes as at test, or transitions: as many single ones [D2]
+    context: str = "episodes"  # whole episodes as at test, or transitions: single ones out of them [D2]
     context_episodes: int = 3  # context is 1 to so many episodes of a round, at most E (or prior_episodes)
     context_rounds: int = 5  # how many of the last rounds context comes from
-    context_stride: int = 1  # the encoder reads every n-th step of an episode, in training as at test
+    context_stride: int = 1  # the encoder reads every n-th step of an episode, or an n-th as many transitions
     context_data: str = "all"  # all episodes, or prior: only those played with z from the prior [D3]
     context_next_obs: bool = True  # context holds the next observation, too [D4]
     latent_size: int = 10  # dimensions of z
@@ -309,12 +309,18 @@ class ReplayBuffer:
     def __init__(self, rows, capacity, horizon, obs_dim, action_dim, device):
         widths = {"action": (action_dim,), "reward": (), "train_reward": (), "terminated": ()}
         shapes = {"obs": (horizon + 1, obs_dim), **{key: (horizon, *width) for key, width in widths.items()}}
-        self.data = {key: torch.zeros(rows, capacity, *shape, device=device) for key, shape in shapes.items()}
+        size = 4 * rows * capacity * sum(math.prod(shape) for shape in shapes.values())  # bytes
+        try:
+            self.data = {key: torch.zeros(rows, capacity, *s, device=device) for key, s in shapes.items()}
+        except RuntimeError:
+            fail(f"--replay-episodes {capacity}: {rows} rings of so many would take {size / 1e9:.1f} GB")
         self.length = torch.zeros(rows, capacity, dtype=torch.int64, device=device)  # steps of each episode
         self.capacity, self.horizon, self.count = capacity, horizon, 0  # count: of episodes, for each row
 
     def add(self, episode):
         """One more episode for every row, as rollout returns it: a dict of [rows, T, ...]."""
+        if not all(bool(episode[name].isfinite().all()) for name in ("obs", "reward", "train_reward")):
+            raise common.ContractError("an observation or a reward of the environment is not finite")
         slot = self.count % self.capacity
         for name, ring in self.data.items():
             ring[:, slot, : episode[name].shape[1]] = episode[name]
@@ -368,8 +374,9 @@ def sample_context(replay, tasks, args):
 
     Whole rounds of E episodes, at least one, lie one after the other in the ring. Draws for each task one of
     the last context_rounds, and for all of them how many of its first episodes are known: 1 to
-    context_episodes (context_data prior: to prior_episodes, if that is less). Returns context [N, C, context]
-    and weight [N, C].
+    context_episodes (context_data prior: to prior_episodes, if that is less); single transitions come from
+    any of all that could be known. Returns context [N, C, context] and weight [N, C], 0 beyond an episode's
+    end; C is the known episodes times the strides in a horizon.
     """
     device, whole, per_round = tasks.device, args.context == "episodes", args.episodes_per_task
     prior_only = args.context_data == "prior"  # D3
@@ -516,6 +523,7 @@ def adapt(agent, act_fn, env, num_episodes, prior_episodes, args, seed=None, det
     """Posterior sampling: the same in training as on new tasks. [Alg 2]
 
     The first prior_episodes are played with z ~ N(0, 1), the others with z from what all before have shown.
+    seed: of starts and noise, one more for each episode.
     Returns the episodes, as rollout does, and their beliefs (mean, var), each [B, latent].
     """
     mean = torch.zeros(env.num_envs, args.latent_size, device=env.device)  # T11: nothing is known
@@ -676,7 +684,7 @@ def restore(checkpoint, modules):
     for name, module in modules.items():
         try:
             module.load_state_dict(checkpoint["modules"][name])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"the {name} of {checkpoint['file']} does not fit: {textwrap.shorten(str(error), 200)}")
     torch.set_rng_state(checkpoint["rng"])
     if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
@@ -689,6 +697,8 @@ def start_run(args, checkpoint):
     folder = Path(args.run_dir) / re.sub(r"[^\w.-]", ".", stamp)
     folder = folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
     folder = Path(checkpoint["file"]).parent if checkpoint else folder
+    if checkpoint and Path(checkpoint["file"]).name != "checkpoint.pt":  # a copy must not undo what followed
+        fail(f"--resume {checkpoint['file']}: give it a folder of its own and the name checkpoint.pt")
     wandb_id = checkpoint["wandb_id"] if checkpoint else ""
     run = {"folder": folder, "wandb": None, "wandb_id": wandb_id, "unsent": []}
     try:

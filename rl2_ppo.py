@@ -540,7 +540,7 @@ def restore(checkpoint, modules):
     for name, module in modules.items():
         try:
             module.load_state_dict(checkpoint["modules"][name])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"the {name} of {checkpoint['file']} does not fit: {textwrap.shorten(str(error), 200)}")
     torch.set_rng_state(checkpoint["rng"])
     if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
@@ -553,6 +553,8 @@ def start_run(args, checkpoint):
     folder = Path(args.run_dir) / re.sub(r"[^\w.-]", ".", stamp)
     folder = folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
     folder = Path(checkpoint["file"]).parent if checkpoint else folder
+    if checkpoint and Path(checkpoint["file"]).name != "checkpoint.pt":  # a copy must not undo what followed
+        fail(f"--resume {checkpoint['file']}: give it a folder of its own and the name checkpoint.pt")
     wandb_id = checkpoint["wandb_id"] if checkpoint else ""
     run = {"folder": folder, "wandb": None, "wandb_id": wandb_id, "unsent": []}
     try:

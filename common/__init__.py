@@ -87,6 +87,8 @@ def make(env_id, num_envs, device="cpu", seed=None, **kwargs):
     """
     module, _, name = env_id.rpartition(":")
     if module:
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise ValueError(f"{module!r} is no module's name: as in an import, no slashes and no .py")
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:

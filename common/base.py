@@ -90,8 +90,11 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"num_envs and horizon must be at least 1, got {num_envs} and {horizon}")
         discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
         flat = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
-        if not (discrete or flat and action_space.is_bounded()):
-            raise ValueError(f"actions: Discrete from 0 or a flat Box with finite bounds, got {action_space}")
+        if not (discrete or flat and action_space.is_bounded() and action_space.dtype == "float32"):
+            wanted = "Discrete from 0 or a flat Box with finite bounds, of float32"
+            raise ValueError(f"actions: {wanted}, got {action_space}")
+        if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
+            raise ValueError(f"observations: a flat Box, got {obs_space}")
         seed = int.from_bytes(os.urandom(4), "little") % SEEDS if seed is None else _checked_seed(seed)
         self.num_envs, self.horizon, self.device = num_envs, horizon, torch.device(device)
         self.single_observation_space, self.single_action_space = obs_space, action_space
@@ -114,24 +117,23 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     def sample_tasks(self, n, split="train"):
         """n task rows, [n, task_dim]: fresh ones, or for split="test" the first n of the frozen set."""
         if split == "train":
-            return self._draw_tasks(n, self._task_generator)
+            return self._checked_tasks(self._draw_tasks(n, self._task_generator), n, "_draw_tasks must give")
         if split != "test":
             raise ValueError(f"split is 'train' or 'test', got {split!r}")
         if n > self.num_test_tasks:
             raise ValueError(f"the held-out set has {self.num_test_tasks} tasks, {n} asked for")
         if self._test_tasks is None:  # drawn on the CPU, so that every device holds out the same tasks
             generator = torch.Generator().manual_seed(TEST_SEED)
-            self._test_tasks = self._draw_test_tasks(generator).to(self.device)
+            tasks = self._checked_tasks(
+                self._draw_test_tasks(generator), self.num_test_tasks, "the held-out set must be"
+            )
+            self._test_tasks = tasks.to(self.device)
         return self._test_tasks[:n].clone()
 
     def set_tasks(self, tasks):
         """tasks: [B, task_dim]. Takes effect at the next reset; stepping before it raises."""
         tasks = torch.as_tensor(tasks, dtype=torch.float32, device=self.device)
-        if tasks.shape != (self.num_envs, *self.task_space.shape):
-            raise ValueError(
-                f"set_tasks needs [{self.num_envs}, {self.task_space.shape[0]}], got {list(tasks.shape)}"
-            )
-        self._next_task = tasks.clone()
+        self._next_task = self._checked_tasks(tasks, self.num_envs, "set_tasks needs").clone()
 
     # ---- Gymnasium's interface
 
@@ -141,7 +143,9 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self._state, self._clock = self._start(), 0
         if self.terminates:
             self._deadline = torch.full((self.num_envs,), self.horizon, dtype=torch.int64, device=self.device)
-        return self._observe(self._state), {}
+        obs = self._observe(self._state)
+        self._check_obs(obs)
+        return obs, {}
 
     def step(self, action):
         """action: int64 [B] or float32 [B, act]. Returns obs [B, obs], three of [B], and info."""
@@ -233,15 +237,23 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             self._task, self._next_task = self._next_task, None
             self._prepare()
 
+    def _checked_tasks(self, tasks, n, what):
+        if tasks.shape != (n, *self.task_space.shape):
+            wanted = f"{what} [{n}, {self.task_space.shape[0]}]"
+            raise ContractError(f"{type(self).__name__}: {wanted}, got {list(tasks.shape)}")
+        return tasks
+
+    def _check_obs(self, obs):
+        wanted = f"float32 [{self.num_envs}, {self.single_observation_space.shape[0]}]"
+        if _described(obs) != wanted:
+            raise ContractError(f"{type(self).__name__}: _observe gives {_described(obs)}, expected {wanted}")
+
     def _check_transition(self, obs, reward, terminated, info):
         """Say what a family returns that it may not, before it fails far from here."""
         name, batch = type(self).__name__, (self.num_envs,)
-        if obs.shape != (*batch, *self.single_observation_space.shape):
-            raise ContractError(
-                f"{name}: _observe returns {list(obs.shape)}, the space says {self.observation_space}"
-            )
-        if reward.shape != batch:
-            raise ContractError(f"{name}: a reward is [{self.num_envs}], got {list(reward.shape)}")
+        self._check_obs(obs)
+        if _described(reward) != f"float32 [{self.num_envs}]":
+            raise ContractError(f"{name}: a reward is float32 [{self.num_envs}], got {_described(reward)}")
         if (terminated is not None) != self.terminates:
             given = "None" if terminated is None else "a tensor"
             raise ContractError(f"{name}: terminates is {self.terminates}, and terminated is {given}")
@@ -254,6 +266,12 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     def _require_reset(self):
         if self._state is None or self._next_task is not None:
             raise gym.error.ResetNeeded("call reset() before step(): new tasks take effect at a reset")
+
+
+def _described(tensor):
+    if not torch.is_tensor(tensor):
+        return f"a {type(tensor).__name__}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _checked_seed(seed):

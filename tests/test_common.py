@@ -645,8 +645,10 @@ def changed(**names):
 @pytest.mark.parametrize(
     "returned, message",
     [
-        ((torch.zeros(2, 2), torch.zeros(2, 1), None, {}), r"a reward is \[2\], got \[2, 1\]"),
-        ((torch.zeros(2, 3), torch.zeros(2), None, {}), r"_observe returns \[2, 3\]"),
+        ((torch.zeros(2, 2), torch.zeros(2, 1), None, {}), r"a reward is float32 \[2\], got .*\[2, 1\]"),
+        ((torch.zeros(2, 2), torch.zeros(2).double(), None, {}), r"a reward is float32 \[2\], got float64"),
+        ((torch.zeros(2, 2), [0, 0], None, {}), r"a reward is float32 \[2\], got a list"),
+        ((torch.zeros(2, 3), torch.zeros(2), None, {}), r"_observe gives float32 \[2, 3\], expected .*2\]"),
         ((torch.zeros(2, 2), torch.zeros(2), torch.zeros(2).bool(), {}), "terminates is False"),
     ],
 )
@@ -677,11 +679,49 @@ def test_success_and_ends_have_to_be_given_as_they_were_announced():
         gym.spaces.Box(-1, 1, (1, 1)),
         gym.spaces.Discrete(3, start=1),
         gym.spaces.MultiDiscrete([2, 2]),
+        gym.spaces.Box(-1, 1, (1,), dtype=np.float64),
     ],
 )
 def test_actions_that_no_script_could_draw_are_refused_at_once(space):
-    with pytest.raises(ValueError, match="Discrete from 0 or a flat Box with finite bounds, got"):
+    with pytest.raises(ValueError, match="Discrete from 0 or a flat Box with finite bounds, of float32, got"):
         TaskVectorEnv(2, box(-9, 9, (2,)), space, box(0, 1, (1,)), 50)
+
+
+@pytest.mark.parametrize(
+    "space", [gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, ()), gym.spaces.Box(0, 1, (2, 2))]
+)
+def test_observations_that_no_script_could_read_are_refused_at_once(space):
+    with pytest.raises(ValueError, match="observations: a flat Box, got"):
+        TaskVectorEnv(2, space, box(-1, 1, (1,)), box(0, 1, (1,)), 50)
+
+
+@pytest.mark.parametrize(
+    ("seen", "given"),
+    [
+        (lambda self, state: state.double(), r"float64 \[2, 2\]"),
+        (lambda self, state: state[:, :1].clone(), r"float32 \[2, 1\]"),
+        (lambda self, state: state.numpy(), "a ndarray"),
+    ],
+)
+def test_first_observations_of_the_wrong_kind_are_refused_at_the_reset(seen, given):
+    with pytest.raises(
+        common.ContractError, match=rf"Changed: _observe gives {given}, expected float32 \[2, 2\]"
+    ):
+        changed(_observe=seen).reset(seed=1)
+
+
+def test_task_rows_of_the_wrong_width_are_refused_where_they_are_drawn():
+    env = changed(_draw_tasks=lambda self, n, generator: torch.rand(n, 2, generator=generator))
+    with pytest.raises(common.ContractError, match=r"_draw_tasks must give \[3, 1\], got \[3, 2\]"):
+        env.sample_tasks(3)
+    with pytest.raises(common.ContractError, match=r"held-out set must be \[1000, 1\], got \[1000, 2\]"):
+        env.sample_tasks(3, split="test")
+
+
+@pytest.mark.parametrize("module", ["./my_tasks", "../my_tasks", "folder/my_tasks", ".my_tasks", "my-tasks"])
+def test_a_path_is_not_a_modules_name(module):
+    with pytest.raises(ValueError, match="is no module's name: as in an import, no slashes"):
+        common.make(f"{module}:Mine-v0", 2)
 
 
 def test_an_ensemble_that_was_not_finished_says_what_is_missing():

@@ -533,6 +533,7 @@ def quick_evaluate(module, seed=0, **changes):
     args = small_args(module, eval_episodes=3, **changes)
     envs = module.make_domains(args, 30, torch.device("cpu"), (0, 0))
     agent = make_agent(module, args, seed=seed)
+    agent.steps += 1  # both domains were played
     return module.evaluate(agent, envs, module.sample_action, args), envs
 
 
@@ -542,6 +543,7 @@ def test_evaluation_is_in_both_domains_and_leaves_the_random_numbers_of_training
     reports = []
     for seed in (1, 2):
         agent = make_agent(darc, small_args(darc), seed=5)
+        agent.steps += 1
         envs = darc.make_domains(small_args(darc), 30, torch.device("cpu"), (0, 0))
         torch.manual_seed(seed)
         reports.append(darc.evaluate(agent, envs, darc.sample_action, small_args(darc)))
@@ -559,6 +561,16 @@ def test_a_method_without_classifiers_reports_no_correction():
     for method in ("source", "target"):
         report, _ = quick_evaluate(darc, method=method)
         assert not [key for key in report if "correction" in key] and "eval/return_ep0" in report
+
+
+def test_classifiers_that_met_one_domain_only_are_not_reported():
+    """--evaluate RUN --method darc, where RUN was trained in the source."""
+    for played in ([1, 0], [0, 1]):
+        args = small_args(darc)
+        envs, agent = darc.make_domains(args, 30, torch.device("cpu"), (0, 0)), make_agent(darc, args)
+        agent.steps += torch.tensor(played)
+        report = darc.evaluate(agent, envs, darc.sample_action, args)
+        assert not [key for key in report if "correction" in key]
 
 
 def test_what_is_counted_by_episode_is_the_targets():

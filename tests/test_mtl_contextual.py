@@ -605,6 +605,12 @@ def test_a_fixed_temperature_stays():
     close(agent.temperature(), torch.full((K,), 0.3).double(), 1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf, 1e39])
+def test_a_reward_scale_beyond_float32_is_named(scale):
+    with pytest.raises(SystemExit, match="--reward-scale .*one positive number"):
+        mtl.check_contextual(small_args(mtl, reward_scale=(scale,)))
+
+
 def test_each_named_task_has_its_own_reward_scale():
     env = common.make("ClassicControl-v0", 5, seed=0)
     names = ["acrobot", "cartpole", "acrobot", "pendulum", "cartpole"]

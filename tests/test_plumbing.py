@@ -714,6 +714,31 @@ def test_cuda_without_cuda(job, no_training, monkeypatch):
     assert "--device cuda" in message and "cpu" in message
 
 
+SAC = ("pearl_sac", "mtl_contextual", "darc_offdynamics")
+
+
+@pytest.mark.parametrize("name", SAC)
+@pytest.mark.parametrize("episodes", [10**9, 10**15])
+def test_replay_that_no_memory_holds(no_training, name, episodes):
+    job = JOBS[name]
+    message = one_line(job.module.main, [*job.tiny, *no_training, "--replay-episodes", str(episodes)])
+    assert f"--replay-episodes {episodes}" in message and re.search(r"would take \d+.\d GB", message)
+
+
+@pytest.mark.parametrize("name", SAC)
+@pytest.mark.parametrize("where", ["obs", "reward", "train_reward"])
+def test_numbers_that_are_not_finite_do_not_enter_replay(name, where):
+    replay = JOBS[name].module.ReplayBuffer(2, 3, 4, 5, 1, "cpu")
+    shapes = {"obs": (2, 5, 5), "action": (2, 4, 1)}
+    names = ("obs", "action", "reward", "train_reward", "terminated", "valid")
+    episode = {key: torch.ones(shapes.get(key, (2, 4))) for key in names}
+    replay.add(episode)
+    episode[where][1, 2] = math.inf
+    with pytest.raises(common.ContractError, match="is not finite"):
+        replay.add(episode)
+    assert replay.count == 1 and torch.isfinite(replay.data[where]).all()
+
+
 def test_flags_that_do_not_exist_or_have_no_value(job, no_training):
     assert "--learning-rate" in one_line(job.module.main, [*job.tiny, *no_training, "--learning-rate", "1"])
     assert "--gamma" in one_line(job.module.main, [*job.tiny, *no_training, "--gamma"])
@@ -813,8 +838,19 @@ def test_a_checkpoint_whose_parts_do_not_fit(job, no_training, tmp_path, finishe
     assert job.policy in one_line(job.module.main, ["--evaluate", str(finished), "--hidden-size", "9"])
     modules = checkpoint_of(finished)["modules"]
     both_ways(job, edited(finished, tmp_path / "a.pt", modules={**modules, job.policy: {}}))
+    for part in (None, [1], {"weight": None}):
+        both_ways(job, edited(finished, tmp_path / "a.pt", modules={**modules, job.policy: part}))
     path = edited(finished, tmp_path / "b.pt", modules={job.policy: modules[job.policy]})
     assert re.search("the (optimizer|env) of", one_line(job.module.main, ["--resume", str(path)]))
+
+
+def test_a_copy_of_a_checkpoint_does_not_undo_what_followed(job, no_training, finished):
+    before = {file: file.read_bytes() for file in finished.iterdir()}
+    copy = shutil.copy(finished / "checkpoint.pt", finished / "earlier.pt")
+    message = one_line(job.module.main, ["--resume", str(copy)])
+    Path(copy).unlink()
+    assert "earlier.pt" in message and "a folder of its own and the name checkpoint.pt" in message
+    assert {file: file.read_bytes() for file in finished.iterdir()} == before
 
 
 def test_a_checkpoint_that_lacks_an_entry_is_named(job, no_training, tmp_path, finished):
