@@ -17,9 +17,9 @@ THE IDEA
 
 ALGORITHM
     repeat
-        draw N models p_k from the source distribution; play a trajectory tau_k of each          [Alg 1 l.2-4]
+        draw N models p_k from the source distribution; play a trajectory tau_k of each          [Alg 1 l.3-5]
         baseline and advantages A_t from all N                                                            [D4]
-        T = the ceil(epsilon N) trajectories of lowest return, in the warm-up all                [Alg 1 l.6-8]
+        T = the ceil(epsilon N) trajectories of lowest return, in the warm-up all                [Alg 1 l.7-8]
         a step of TRPO on T: ascend the mean of (pi / pi_played) A_t, KL at most delta; A_t standardised and
             both means taken over the steps of T                                     [Alg 1 l.9, TRPO Eq 14]
         at some times, with --adapt-to-target:                                                       [Sec 3.2]
@@ -228,7 +228,7 @@ def draw_action(policy, obs, deterministic):
 
 @torch.no_grad()
 def rollout(policy, act_fn, env, models, seed=None, deterministic=False, record=False):
-    """Play one trajectory of each model. [Alg 1 l.4]
+    """Play one trajectory of each model. [Alg 1 l.5]
 
     models: [N, task_dim], N = env.num_envs; seed: of starts and noise; record: the simulator's states, too.
     Returns a dict of [T, N, ...] tensors, T at least the steps of the longest episode: obs, action, logprob,
@@ -278,8 +278,9 @@ def gae(reward, value, valid, gamma, gae_lambda):
 def linear_baseline(obs, ret, valid, ridge=1e-5):
     """Predict returns from a state and its time within the episode: for each task one ridge regression.
 
-    obs: [T, N, E, obs]; ret, valid: [T, N, E]. Returns value [T, N, E]. One batched solve, in float64.
-    Features as in Duan et al. 2016, arXiv:1604.06778; the ridge is for fewer steps than features. [D4]
+    obs: [T, N, E, obs]; ret, valid: [T, N, E]. Returns value [T, N, E], in padding a meaningless one.
+    Features as in Duan et al. 2016, arXiv:1604.06778: obs cut to 10, its squares, three powers of time in
+    hundreds of steps, and 1. One batched solve, in float64; the ridge is for fewer steps than features. [D4]
     """
     time = torch.arange(len(obs), device=obs.device).view(-1, 1, 1, 1) / 100
     time = time.expand(*valid.shape, 1)  # T3: since the episode began, in every episode the same
@@ -316,7 +317,7 @@ def trajectory_returns(episodes):
 def worst(returns, epsilon):
     """Indices of the ceil(epsilon N) lowest of N returns, lowest first; of equal ones those that come first.
 
-    returns: [N]; epsilon: more than 0, at most 1. [Alg 1 l.6-7]
+    returns: [N]; epsilon: more than 0, at most 1. [Alg 1 l.7]
     """
     count = math.ceil(round(epsilon * len(returns), 9))  # T5
     return returns.sort(stable=True).indices[:count]
@@ -326,7 +327,8 @@ def select(episodes, chosen):
     """The steps inside the chosen trajectories. [Alg 1 l.8]
 
     episodes: a dict of [T, N, ...]; chosen: indices of trajectories. Returns a dict of [M, ...], M steps in
-    all, whose advantage is standardised over them together [T6], with weight, the same for all of them.
+    all, whose advantage is standardised over them together (population deviation) [T6], with weight, the
+    same for all of them.
     """
     episodes = {name: x[:, chosen] for name, x in episodes.items()}
     inside = episodes["valid"] > 0  # T4
@@ -363,7 +365,9 @@ def flatten(tensors):
 
 
 def fisher_product(policy, output, batch):
-    """Returns v -> F v, F the Hessian of mean_kl in theta, at the theta that made output. v: [theta].
+    """Returns v -> F v, F the Hessian of mean_kl in theta, at the theta that made output. v: [theta], flat.
+
+    output: what forward returns, still attached to theta.
 
     With J = d output / d theta and H the Hessian of the KL in the output, the Hessian is J^T H J plus a term
     in the KL's first derivative, which is zero here: nothing is left out. J runs through whatever made output
@@ -408,8 +412,8 @@ def conjugate_gradient(product, b, steps, tolerance=1e-10):
 def policy_line_search(policy, batch, old_output, old_loss, step, args):
     """Move theta by step, shortened by .8 until the loss falls and the KL is at most delta, or not at all.
 
-    batch: as in select; old_output: of the policy that played. Returns the loss, the KL and the fraction of
-    the step that was taken (0: none).
+    batch: as in select; old_output: of the policy that played; old_loss: a scalar; step: [theta], flat.
+    Returns the loss, the KL and the fraction of the step that was taken (0: none).
     """
     theta = flatten(policy.parameters()).detach()
     for fraction in [0.8**k for k in range(15)]:  # numbers of the authors' code
@@ -479,6 +483,9 @@ def log_likelihood(env, particles, played, noise):
     rows = particles.repeat_interleave(len(state), 0)
     repeated = (torch.cat([x] * len(particles)) for x in (state, action))
     predicted = env.simulate(rows, *repeated)
+    if predicted.shape != (len(rows), *state.shape[1:]):
+        wanted = [len(rows), *state.shape[1:]]
+        raise common.ContractError(f"simulate returns {list(predicted.shape)}, expected {wanted}")
     rounding = 1e-6 * after.abs().amax(0).clamp(min=1)  # where nothing changes: what float32 can tell apart
     spread = (after - state).square().mean(0).sqrt().maximum(rounding)
     error = (predicted.unflatten(0, (len(particles), -1)) - after) / (noise * spread)  # [P, M, state]
@@ -601,7 +608,7 @@ def evaluate(policy, env, models, groups, act_fn, args):
             group = "inside" if value in inside else "beyond"
             x = returns[groups[group]][models[groups[group], 0] == value].flatten()
             for name, number in (("", x.mean()), ("_p10", x.quantile(0.1)), ("_p90", x.quantile(0.9))):
-                metrics[f"eval/return{name}_at_{value:.3g}"] = float(number)
+                metrics[f"eval/return{name}_at_{value:.6g}"] = float(number)
     return metrics
 
 
@@ -695,7 +702,7 @@ def make_env(env_id, num_envs, device, seed, flag="--env-id"):
     try:
         return common.make(env_id, num_envs=num_envs, device=device, seed=seed)
     except (ValueError, ImportError, gym.error.Error) as error:
-        fail(f"{flag} {env_id}: {error}")
+        fail(f"{flag} {env_id}: {' '.join(str(error).split())}")
 
 
 def clock(device):
@@ -714,7 +721,8 @@ def load_checkpoint(path):
         fail(f"there is no checkpoint at {file}")
     except Exception as error:  # whatever a damaged or foreign file makes the reader say
         fail(f"{file} cannot be read as a checkpoint ({type(error).__name__})")
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= ENTRIES:
+    whole = isinstance(checkpoint, dict) and checkpoint.keys() >= ENTRIES
+    if not whole or not isinstance(checkpoint["args"], dict):
         fail(f"{file} is not a checkpoint of this project")
     if checkpoint["script"] != SCRIPT:
         fail(f"{file} was written by {checkpoint['script']}.py, this is {SCRIPT}.py")
@@ -758,7 +766,7 @@ def start_run(args, checkpoint):
         identity = {"name": folder.name, "id": wandb_id or None, "resume": "allow"}
         try:
             run["wandb"] = wandb.init(**where, **identity, config=asdict(args), save_code=True)
-        except wandb.errors.Error as error:
+        except (wandb.errors.Error, ValueError) as error:  # the latter of a WANDB_MODE that does not exist
             fail(f"--track: {' '.join(str(error).split())} (WANDB_MODE=offline needs no account)")
         run["wandb_id"] = run["wandb"].id
         run["wandb"].define_metric("*", step_metric="global_step")
@@ -863,7 +871,7 @@ def check_epopt(args):
 
 
 def set_ensemble(env, args):
-    """Let env draw its models from what the flags say. [Alg 1 l.3]"""
+    """Let env draw its models from what the flags say. [Alg 1 l.4]"""
     rows, names = env.ensemble, ("mean", "std", "low", "high")
     given = {name: getattr(args, f"source_{name}") for name in names}
     if rows is None:
@@ -910,7 +918,7 @@ def held_out_models(env, args):
         one_each = f"a positive number for each of {', '.join(env.parameter_names)}"
         fits = target.shape == env.task_space.shape and bool((target > 0).all() and target.isfinite().all())
         require(fits, "target", args.target, one_each)
-        low, high = env.ensemble[2:]
+        low, high = env.ensemble[2:].float()  # as the target is
         found = bool(((low <= target) & (target <= high)).all()) or not args.adapt_to_target
         within = f"{[round(x, 6) for x in low.tolist()]} to {[round(x, 6) for x in high.tolist()]}"
         require(found, "target", args.target, f"{within}, where --adapt-to-target looks for it")

@@ -250,8 +250,9 @@ def gae(reward, value, valid, gamma, gae_lambda):
 def linear_baseline(obs, ret, valid, ridge=1e-5):
     """Predict returns from a state and its time within the episode: for each task one ridge regression.
 
-    obs: [T, N, E, obs]; ret, valid: [T, N, E]. Returns value [T, N, E]. One batched solve, in float64.
-    Features as in Duan et al. 2016, arXiv:1604.06778; the ridge is for fewer steps than features. [D4]
+    obs: [T, N, E, obs]; ret, valid: [T, N, E]. Returns value [T, N, E], in padding a meaningless one.
+    Features as in Duan et al. 2016, arXiv:1604.06778: obs cut to 10, its squares, three powers of time in
+    hundreds of steps, and 1. One batched solve, in float64; the ridge is for fewer steps than features. [D4]
     """
     time = torch.arange(len(obs), device=obs.device).view(-1, 1, 1, 1) / 100
     time = time.expand(*valid.shape, 1)  # T3: since the episode began, in every episode the same
@@ -270,8 +271,8 @@ def add_advantage(episodes, gamma, gae_lambda):
     """rollout's dict of [T, N, E, ...] -> a batch, what gradient steps learn from: a dict of [N, T, E, ...].
 
     Adds value, ret (discounted returns) and, 0 where valid is 0, advantage, standardised over each task's
-    steps, and weight, which sums to 1 over each task's steps. An episode's end, be it the horizon, is the end
-    of what is paid: nothing is bootstrapped after it.
+    steps (population deviation), and weight, which sums to 1 over each task's steps. An episode's end, be it
+    the horizon, is the end of what is paid: nothing is bootstrapped after it.
     """
     reward, valid = episodes["reward"], episodes["valid"]
     ret = gae(reward, torch.zeros_like(reward), valid, gamma, 1.0)  # without a critic: the discounted return
@@ -359,7 +360,9 @@ def flatten(tensors):
 
 
 def fisher_product(policy, output, batch):
-    """Returns v -> F v, F the Hessian of mean_kl in theta, at the theta that made output. v: [theta].
+    """Returns v -> F v, F the Hessian of mean_kl in theta, at the theta that made output. v: [theta], flat.
+
+    output: what forward returns, still attached to theta.
 
     With J = d output / d theta and H the Hessian of the KL in the output, the Hessian is J^T H J plus a term
     in the KL's first derivative, which is zero here: nothing is left out. J runs through whatever made output
@@ -416,8 +419,9 @@ def split_tasks(batches, size):
 def line_search(policy, parts, old_outputs, old_loss, step, args):
     """Move theta by step, shortened by .8 until the loss falls and the KL is at most delta, or not at all.
 
-    parts: as split_tasks makes them of K inner batches and the outer one; old_outputs: one for each part.
-    Returns the loss, the KL and the fraction of the step that was taken (0: none). [T8]
+    parts: as split_tasks makes them of K inner batches and the outer one; old_outputs: one for each part;
+    old_loss: a scalar; step: [theta], flat, in the order of policy.parameters(). Returns the loss, the KL and
+    the fraction of the step that was taken (0: none). [T8]
     """
     theta = flatten(policy.parameters()).detach()
     for fraction in [0.8**k for k in range(15)]:  # numbers of the authors' code
@@ -470,7 +474,7 @@ def update(policy, inner, outer, args):
 
 
 def explained_variance(batch):
-    """How much of the variance of returns the baseline explains, which was fitted to them."""
+    """How much of the variance of returns within a task the baseline explains, which was fitted to them."""
     mean = (batch["ret"] * batch["weight"]).sum((1, 2), keepdim=True)
     error, variance = ((batch["weight"] * (batch["ret"] - x) ** 2).sum() for x in (batch["value"], mean))
     return 1 - error / variance.clamp(min=1e-8)
@@ -494,8 +498,8 @@ def adapt(policy, act_fn, env, tasks, step_sizes, args, seed=None):
             phi = inner_step(policy, phi, batches[-1], step_size, args)
             phi = [p.detach().requires_grad_() for p in phi]
             if not torch.isfinite(flatten(phi)).all():
-                bad = f"weights are not finite after gradient step {stage + 1}"
-                fail(f"{bad}: --inner-lr {args.inner_lr} is too large, or a reward is not finite")
+                bad = f"weights are not finite after gradient step {stage + 1}, of size {step_size:g}"
+                fail(f"{bad}: --inner-lr or --init-std is too large, or an observation or reward not finite")
     return batches
 
 
@@ -616,7 +620,7 @@ def make_env(env_id, num_envs, device, seed, flag="--env-id"):
     try:
         return common.make(env_id, num_envs=num_envs, device=device, seed=seed)
     except (ValueError, ImportError, gym.error.Error) as error:
-        fail(f"{flag} {env_id}: {error}")
+        fail(f"{flag} {env_id}: {' '.join(str(error).split())}")
 
 
 def clock(device):
@@ -635,7 +639,8 @@ def load_checkpoint(path):
         fail(f"there is no checkpoint at {file}")
     except Exception as error:  # whatever a damaged or foreign file makes the reader say
         fail(f"{file} cannot be read as a checkpoint ({type(error).__name__})")
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= ENTRIES:
+    whole = isinstance(checkpoint, dict) and checkpoint.keys() >= ENTRIES
+    if not whole or not isinstance(checkpoint["args"], dict):
         fail(f"{file} is not a checkpoint of this project")
     if checkpoint["script"] != SCRIPT:
         fail(f"{file} was written by {checkpoint['script']}.py, this is {SCRIPT}.py")
@@ -679,7 +684,7 @@ def start_run(args, checkpoint):
         identity = {"name": folder.name, "id": wandb_id or None, "resume": "allow"}
         try:
             run["wandb"] = wandb.init(**where, **identity, config=asdict(args), save_code=True)
-        except wandb.errors.Error as error:
+        except (wandb.errors.Error, ValueError) as error:  # the latter of a WANDB_MODE that does not exist
             fail(f"--track: {' '.join(str(error).split())} (WANDB_MODE=offline needs no account)")
         run["wandb_id"] = run["wandb"].id
         run["wandb"].define_metric("*", step_metric="global_step")

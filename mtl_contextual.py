@@ -729,7 +729,7 @@ def make_env(env_id, num_envs, device, seed, flag="--env-id"):
     try:
         return common.make(env_id, num_envs=num_envs, device=device, seed=seed)
     except (ValueError, ImportError, gym.error.Error) as error:
-        fail(f"{flag} {env_id}: {error}")
+        fail(f"{flag} {env_id}: {' '.join(str(error).split())}")
 
 
 def clock(device):
@@ -748,7 +748,8 @@ def load_checkpoint(path):
         fail(f"there is no checkpoint at {file}")
     except Exception as error:  # whatever a damaged or foreign file makes the reader say
         fail(f"{file} cannot be read as a checkpoint ({type(error).__name__})")
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= ENTRIES:
+    whole = isinstance(checkpoint, dict) and checkpoint.keys() >= ENTRIES
+    if not whole or not isinstance(checkpoint["args"], dict):
         fail(f"{file} is not a checkpoint of this project")
     if checkpoint["script"] != SCRIPT:
         fail(f"{file} was written by {checkpoint['script']}.py, this is {SCRIPT}.py")
@@ -792,7 +793,7 @@ def start_run(args, checkpoint):
         identity = {"name": folder.name, "id": wandb_id or None, "resume": "allow"}
         try:
             run["wandb"] = wandb.init(**where, **identity, config=asdict(args), save_code=True)
-        except wandb.errors.Error as error:
+        except (wandb.errors.Error, ValueError) as error:  # the latter of a WANDB_MODE that does not exist
             fail(f"--track: {' '.join(str(error).split())} (WANDB_MODE=offline needs no account)")
         run["wandb_id"] = run["wandb"].id
         run["wandb"].define_metric("*", step_metric="global_step")

@@ -197,7 +197,7 @@ def rollout(agent, env, tasks, num_episodes, window, seed=None):
     tasks: [B, task_dim]; window: steps between two stored hidden states; seed: of starts and noise.
     Returns a dict of [T, B, ...] tensors, T at least the steps of the longest trial: x (the input), action,
     logprob, value, reward, episode (its number in the trial), success, valid (1 inside the trial, 0 after);
-    and hidden [T / window, B, H], with which each window begins.
+    and hidden [ceil(T / window), B, H], with which each window begins.
     """
     env.set_tasks(tasks)
     obs, _ = env.reset(seed=seed)
@@ -267,8 +267,9 @@ def masked_std(x, valid):
 def make_sequences(trials, window, args):
     """Trials -> what PPO learns from: a dict of [window, S, ...] and hidden [S, H].
 
-    S = T / window * B, less the windows that begin after their trial's end. Where valid is 0 the entries
-    mean nothing.
+    In the dict are x, action, logprob, value, valid, ret (the value's target) and advantage, standardised
+    over all steps. S = T / window * B, less the windows that begin after their trial's end. Where valid is 0
+    the entries mean nothing.
     """
     valid, value = trials["valid"], trials["value"]
     advantage = gae(trials["reward"], value, valid, args.gamma, args.gae_lambda)  # T2: of the whole trial
@@ -368,8 +369,8 @@ def update(agent, optimizer, step_fn, trials, window, first, anneal, args):
     first: is it the first one, which takes the scale of the returns over at once; anneal: falls from 1 to 0.
     """
     data, hidden = make_sequences(trials, window, args)
-    error_std = masked_std(data["ret"] - data["value"], data["valid"])
-    ret_std = masked_std(data["ret"], data["valid"]).clamp(min=1e-6)
+    error = masked_mean((data["ret"] - data["value"]) ** 2, data["valid"])
+    variance = masked_std(data["ret"], data["valid"]).square().clamp(min=1e-8)
     popart_update(agent, data["ret"], data["valid"], rate=1.0 if first else 0.1)  # .1: some ten iterations
     if first:  # what an untrained critic predicts is not worth keeping: it begins at the mean return
         for parameter in agent.critic.parameters():
@@ -380,7 +381,7 @@ def update(agent, optimizer, step_fn, trials, window, first, anneal, args):
             part = {name: x[:, index] for name, x in data.items()}
             steps.append(step_fn(agent, optimizer, part, hidden[index], args.entropy_coef * anneal, args))
     metrics = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
-    metrics["debug/explained_variance"] = 1 - (error_std / ret_std) ** 2
+    metrics["debug/explained_variance"] = 1 - error / variance
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # in one transfer
 
 
@@ -509,7 +510,7 @@ def make_env(env_id, num_envs, device, seed, flag="--env-id"):
     try:
         return common.make(env_id, num_envs=num_envs, device=device, seed=seed)
     except (ValueError, ImportError, gym.error.Error) as error:
-        fail(f"{flag} {env_id}: {error}")
+        fail(f"{flag} {env_id}: {' '.join(str(error).split())}")
 
 
 def clock(device):
@@ -528,7 +529,8 @@ def load_checkpoint(path):
         fail(f"there is no checkpoint at {file}")
     except Exception as error:  # whatever a damaged or foreign file makes the reader say
         fail(f"{file} cannot be read as a checkpoint ({type(error).__name__})")
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= ENTRIES:
+    whole = isinstance(checkpoint, dict) and checkpoint.keys() >= ENTRIES
+    if not whole or not isinstance(checkpoint["args"], dict):
         fail(f"{file} is not a checkpoint of this project")
     if checkpoint["script"] != SCRIPT:
         fail(f"{file} was written by {checkpoint['script']}.py, this is {SCRIPT}.py")
@@ -572,7 +574,7 @@ def start_run(args, checkpoint):
         identity = {"name": folder.name, "id": wandb_id or None, "resume": "allow"}
         try:
             run["wandb"] = wandb.init(**where, **identity, config=asdict(args), save_code=True)
-        except wandb.errors.Error as error:
+        except (wandb.errors.Error, ValueError) as error:  # the latter of a WANDB_MODE that does not exist
             fail(f"--track: {' '.join(str(error).split())} (WANDB_MODE=offline needs no account)")
         run["wandb_id"] = run["wandb"].id
         run["wandb"].define_metric("*", step_metric="global_step")
@@ -652,7 +654,8 @@ def check_rl2(args):
     """Check the flags of this script, except for what depends on the environment."""
     positive = "num_envs episodes_per_trial hidden_size epochs minibatches lr clip max_grad_norm"
     for name in positive.split():
-        require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
+        fine = 0 < getattr(args, name) < 1e30  # of what is larger float32 has no multiples
+        require(fine, name, getattr(args, name), "a positive number")
     for name in "entropy_coef value_coef bptt_window eval_tasks".split():
         require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
     for name in ("gamma", "gae_lambda"):

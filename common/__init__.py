@@ -92,9 +92,8 @@ def make(env_id, num_envs, device="cpu", seed=None, **kwargs):
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            raise ValueError(
-                f"cannot import the module of {env_id!r}: {error}; is its folder on PYTHONPATH?"
-            ) from error
+            hint = "; is its folder on PYTHONPATH?" * f"{module}.".startswith(f"{error.name}.")
+            raise ValueError(f"cannot import the module of {env_id!r}: {error}{hint}") from error
     if re.fullmatch(r"M[TL]1-[\w-]+", name) and name not in gym.registry:  # of Meta-World's fifty, by name
         gym.register(name, vector_entry_point="common.metaworld:make", kwargs={"benchmark": name})
     if name not in ids():

@@ -26,7 +26,7 @@ import math
 
 import torch
 
-from common.base import TaskVectorEnv, box
+from common.base import ContractError, TaskVectorEnv, box
 from common.classic import push_cart, turn_pendulum
 
 UPRIGHT = 12 * 2 * math.pi / 360  # CartPole-v1's limit
@@ -80,7 +80,7 @@ class Ensemble(TaskVectorEnv):
         A normal cut off at low and high; with std inf it is uniform between them, with std 0 the mean.
         """
         if not hasattr(self, "_ensemble"):
-            raise ValueError(f"the constructor of {type(self).__name__} has to end with self._found()")
+            raise ContractError(f"the constructor of {type(self).__name__} has to end with self._found()")
         return self._ensemble.clone()
 
     @ensemble.setter

@@ -396,8 +396,11 @@ def test_a_registered_environment_is_made_like_ours(tmp_path, monkeypatch):
         and env.spec.id == "ModulePole-v0"
         and env.sample_tasks(4).shape == (4, 1)
     )
-    with pytest.raises(ValueError, match="no_such_module"):
+    with pytest.raises(ValueError, match="no_such_module.*is its folder on PYTHONPATH?"):
         common.make("no_such_module:ModulePole-v0", num_envs=2)
+    (tmp_path / "my_needy_tasks.py").write_text("import not_installed\n")
+    with pytest.raises(ValueError, match="No module named 'not_installed'$"):  # the folder was found
+        common.make("my_needy_tasks:ModulePole-v0", num_envs=2)
     gym.registry.pop("ModulePole-v0")
 
 

@@ -467,6 +467,16 @@ def test_a_change_that_is_always_the_same_is_no_exact_measurement():
     assert -10 < (log_weights[0] - log_weights[1]).item() < 0  # .2 of a change of 2, with a noise of .4
 
 
+def test_a_simulation_of_another_shape_is_refused():
+    class Narrow(Linear):
+        def simulate(self, tasks, state, action):
+            return super().simulate(tasks, state, action)[:, :1]  # which would fit by broadcasting
+
+    played = linear_data(slope=2.0, noise=1.0, steps=4)
+    with pytest.raises(common.ContractError, match=r"simulate returns \[8, 1\], expected \[8, 2\]"):
+        epopt.log_likelihood(Narrow(), torch.ones(2, 2), played, 0.2)
+
+
 def check_the_posterior_of_a_linear_gaussian_system(module):
     torch.manual_seed(0)
     played = linear_data(slope=2.7, noise=1.0, steps=12)
@@ -810,6 +820,19 @@ def test_what_cannot_work_is_one_line(tmp_path, monkeypatch, flags, complaint):
     with pytest.raises(SystemExit, match=f"error: {complaint}"):
         epopt.main([*flags.split(), "--run-dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags", ["--target 1.25 0.7 1", "--target 1.25 1.3 1", "--source-low 0.9 0.5 1 --target 0.9 0.5 1"]
+)
+def test_a_target_on_a_limit_is_within_it(flags):
+    """.7 in float32 is below .7 in float64, 1.3 above 1.3."""
+    flags = f"--env-id PendulumEnsemble-v0 --adapt-to-target {flags}".split()
+    args, _ = epopt.parse_args(epopt.Args, flags)
+    env = common.make("PendulumEnsemble-v0", 1, seed=0)
+    epopt.set_ensemble(env, args)
+    models, groups = epopt.held_out_models(env, args)
+    assert models[groups["target"]].unique(dim=0).tolist() == [pytest.approx(args.target, rel=1e-6)]
 
 
 def test_adapting_an_ensemble_that_cannot_simulate_is_one_line(tmp_path, monkeypatch):

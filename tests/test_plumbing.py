@@ -699,6 +699,24 @@ def test_an_unknown_environment_lists_the_known_ones(job, no_training):
     )
 
 
+def test_a_mode_that_wandb_does_not_have(tmp_path):
+    pytest.importorskip("wandb")
+    job = JOBS["rl2_ppo"]  # wandb reads its settings once a process
+    command = [sys.executable, f"{job.name}.py", *job.tiny, "--track", "--run-dir", str(tmp_path)]
+    mode = {**os.environ, "WANDB_MODE": "off"}
+    done = subprocess.run(command, cwd=ROOT, env=mode, capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch(r"error: --track: .*mode.*'off'.*\n", done.stderr)
+
+
+def test_complaints_of_many_lines_become_one(job, no_training, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("one\n  and two")
+
+    monkeypatch.setattr(job.module.common, "make", refuse)
+    message = one_line(job.module.main, [*job.tiny, *no_training])
+    assert message == f"error: --env-id {job.env_id}: one and two"
+
+
 def test_an_adapted_environment_that_gymnasium_does_not_know(job, no_training):
     common.register("NoInner-v0", "NoSuchEnv-v1", print, low=[0.0], high=[1.0])
     try:

@@ -513,6 +513,22 @@ def test_long_gradients_are_shortened():
     assert (after - before).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
+def test_explained_variance_counts_a_critic_that_is_off_everywhere():
+    torch.manual_seed(0)
+    reward, valid = torch.randn(6, 8), torch.ones(6, 8)
+    value = rl2.gae(reward, torch.zeros(6, 8), valid, 1.0, 1.0)
+    agent = rl2.RecurrentActorCritic(2, common.make("Bandit5-v0", 1).single_action_space, 4)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=0.0)
+    args = rl2.Args(epochs=1, minibatches=1, gamma=1.0, gae_lambda=1.0)
+    trials = {"x": torch.zeros(6, 8, 9), "action": torch.zeros(6, 8, dtype=torch.int64), "reward": reward}
+    trials |= {"logprob": torch.zeros(6, 8), "valid": valid, "hidden": torch.zeros(1, 8, 4)}
+    for offset in (0.0, 5.0):
+        batch = {**trials, "value": value + offset}
+        metrics = rl2.update(agent, optimizer, rl2.ppo_step, batch, 6, False, 1.0, args)
+        expected = 1 - offset**2 / value.var(correction=0).item()
+        assert metrics["debug/explained_variance"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
 def test_update_shows_every_sequence_once_an_epoch():
     env = CueTask(8, seed=1)
     agent, trials = play(rl2, env)
