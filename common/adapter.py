@@ -57,6 +57,9 @@ class AdaptedTasks(TaskVectorEnv):
         get_state=None, set_state=None, references=None, num_test_tasks=64, test_tasks=None,
         goals=None, success=None, device="cpu", seed=None,
     ):  # fmt: skip
+        low, high = np.atleast_1d(np.float32(low)), np.atleast_1d(np.float32(high))
+        if sample is None and not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise ValueError(f"low and high must be finite unless sample= draws the tasks, got {low}, {high}")
         if isinstance(env, str):
             if vectorization_mode not in ("sync", "async"):
                 raise ValueError(f"vectorization_mode is 'sync' or 'async', got {vectorization_mode!r}")
@@ -72,14 +75,11 @@ class AdaptedTasks(TaskVectorEnv):
         except ValueError:
             self.inner.close()  # no worker processes are left behind
             raise
-        low, high = np.atleast_1d(np.float32(low)), np.atleast_1d(np.float32(high))
         task_space = gym.spaces.Box(low, high, dtype=np.float32)
         super().__init__(num_envs, obs_space, action_space, task_space, horizon, device, seed)
-        if sample is None and not task_space.is_bounded():
-            raise ValueError(f"low and high must be finite unless sample= draws the tasks, got {low}, {high}")
         self._held_out = None if test_tasks is None else torch.as_tensor(test_tasks, dtype=torch.float32)
         if test_tasks is not None:
-            num_test_tasks = len(self._checked_rows("test_tasks", self._held_out, len(test_tasks)))
+            num_test_tasks = len(self._checked_tasks(self._held_out, len(test_tasks), "test_tasks must be"))
         self.references, self.num_test_tasks = references or {}, num_test_tasks
         self._set_tasks_fn, self._sample = set_tasks_fn, sample
         self._get_state, self._set_state = get_state, set_state
@@ -118,7 +118,7 @@ class AdaptedTasks(TaskVectorEnv):
     def _draw_tasks(self, n, generator):
         if self._sample is not None:
             rows = torch.as_tensor(self._sample(n, generator), dtype=torch.float32, device=generator.device)
-            return self._checked_rows("sample", rows, n)
+            return self._checked_tasks(rows, n, "sample must give")
         bounds = torch.tensor(np.stack([self.task_space.low, self.task_space.high]), device=generator.device)
         low, high = bounds
         return low + (high - low) * torch.rand(n, len(low), generator=generator, device=generator.device)
@@ -127,13 +127,6 @@ class AdaptedTasks(TaskVectorEnv):
         if self._held_out is None:
             return super()._draw_test_tasks(generator)
         return self._held_out
-
-    def _checked_rows(self, name, rows, n):
-        if rows.shape != (n, *self.task_space.shape):
-            raise ContractError(
-                f"{name}: expected task rows [{n}, {self.task_space.shape[0]}], got {list(rows.shape)}"
-            )
-        return rows
 
     def _prepare(self):
         self._set_tasks_fn(self.inner, self._task.cpu().numpy().copy())

@@ -14,8 +14,8 @@ All tensors live on `device`: obs float32 [B, obs], reward float32 [B], terminat
 One of your own: subclass TaskVectorEnv and fill in four hooks, or let common.register (adapter.py) make one
 of a Gymnasium environment in which something can be set; --env-id your_module:YourId-v0 imports your_module
 first. The scripts use what TaskVectorEnv has (epopt.py also what ensembles.py adds), and nothing else: its
-attributes and their defaults are below. Observations have one axis, actions are Discrete (from 0) or a Box
-with one axis and finite bounds, and final_obs is in info at every step.
+attributes and their defaults are below. Observations are float32 with one axis, actions Discrete (from 0) or
+a float32 Box with one axis and finite bounds, and final_obs is in info at every step. Numbers are finite.
 rl2_ppo.py reads observations and rewards as they are: keep them within a few units, or --normalize-inputs.
 A whole family, a sledge whose friction is the task:
 

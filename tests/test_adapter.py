@@ -317,7 +317,7 @@ class Many(Toy):
         (vectorized(Unbounded), {"horizon": 3}, "finite bounds"),
         (vectorized(Many), {"horizon": 3}, "must be Discrete or a flat float Box"),
         ("CartPole-v1", {"vectorization_mode": "vector_entry_point"}, "'sync' or 'async'"),
-        ("CartPole-v1", {"test_tasks": [0.1, 0.2]}, r"test_tasks: expected task rows \[2, 1\], got \[2\]"),
+        ("CartPole-v1", {"test_tasks": [0.1, 0.2]}, r"test_tasks must be \[2, 1\], got \[2\]"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(env, kwargs, complaint):
@@ -346,7 +346,7 @@ def test_a_held_out_set_that_is_given_has_its_own_size():
 
 def test_rows_that_sample_gives_in_another_shape_are_refused():
     env = adapted("CartPole-v1", sample=lambda n, generator: torch.rand(n, generator=generator))
-    with pytest.raises(common.ContractError, match=r"sample: expected task rows \[4, 1\], got \[4\]"):
+    with pytest.raises(common.ContractError, match=r"sample must give \[4, 1\], got \[4\]"):
         env.sample_tasks(4)
 
 
