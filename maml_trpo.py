@@ -82,6 +82,7 @@ import json
 import math
 import os
 import re
+import shutil
 import textwrap
 import time
 from dataclasses import asdict, dataclass, replace
@@ -612,6 +613,8 @@ def check_experiment(args):
     require(args.device in ("auto", "cpu", "cuda"), "device", args.device, "auto, cpu or cuda")
     cuda = torch.cuda.is_available()
     require(cuda or args.device != "cuda", "device", "cuda", "cpu, since PyTorch sees no GPU on this machine")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        fail("--compile: PyTorch needs a C++ compiler for it, and there is no g++ (CXX may name another)")
     return torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
 
 

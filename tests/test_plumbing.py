@@ -726,6 +726,12 @@ def test_an_adapted_environment_that_gymnasium_does_not_know(job, no_training):
     assert "--env-id NoInner-v0" in message and "NoSuchEnv" in message
 
 
+def test_compile_without_a_compiler(job, no_training, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    message = one_line(job.module.main, [*job.tiny, *no_training, "--compile"])
+    assert message.startswith("error: --compile: PyTorch needs a C++ compiler")
+
+
 def test_cuda_without_cuda(job, no_training, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # on a machine with a GPU, too
     message = one_line(job.module.main, [*job.tiny, *no_training, "--device", "cuda"])
