@@ -42,11 +42,11 @@ DIFFERS FROM THE PAPER
     D1  Whole episodes are played between bouts of gradient steps, in num_envs environments side by side;
         there, a step and a gradient step alternate, here it is five steps to one, on BrokenReacher fourteen.
     D2  The classifier of (s, a, s') reads s' - s as well: the same information, and what domains differ in.
-    D3  The logits of (s, a, s') are those of (s, a) plus a network's, which is the correction itself. So it
-        is in the paper, which sends the first loss's gradient through both; here those of (s, a) are held
-        fixed there, and one draw of noise serves both. With two networks apart, where the target never comes
-        both say "source" with more and more conviction, and the difference of two such numbers is anything:
-        the policy finds the places where it happens to be positive.
+    D3  The logits of (s, a, s') are those of (s, a) plus a network's, which is the correction itself. So are
+        the paper's, whose gradient goes through both networks; here those of (s, a) are held fixed in it, and
+        one draw of noise serves both. With classifiers apart, where the target never comes both say "source"
+        with more and more conviction, and the difference of two such numbers is anything: the policy finds
+        the places where it happens to be positive.
     D4  The inputs of all networks are normalised by what was played, as in HER (arXiv:1707.01495). The
         classifiers' had better be: the noise on them has one size for all. Deviations below .01 are not
         blown up: choose units in which a step changes more.
