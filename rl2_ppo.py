@@ -657,7 +657,7 @@ def check_rl2(args):
     """Check the flags of this script, except for what depends on the environment."""
     positive = "num_envs episodes_per_trial hidden_size epochs minibatches lr clip max_grad_norm"
     for name in positive.split():
-        fine = 0 < getattr(args, name) < 1e30  # float32 has to hold multiples of it
+        fine = 0 < getattr(args, name) < 1e36  # float32 has to hold multiples of it
         require(fine, name, getattr(args, name), "a positive number")
     for name in "entropy_coef value_coef bptt_window eval_tasks".split():
         require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")

@@ -1053,6 +1053,12 @@ def test_a_learning_rate_beyond_reason_ends_in_one_line_of_sac_too(tmp_path, nam
     assert all(torch.isfinite(value).all() for value in saved.values())
 
 
+def test_a_learning_rate_that_float32_cannot_hold_is_named(no_training):
+    job = JOBS["rl2_ppo"]
+    message = one_line(job.module.main, [*job.tiny, *no_training, "--lr", "1e38"])
+    assert message == "error: --lr 1e+38: expected a positive number"
+
+
 def test_an_error_in_the_middle_of_a_run_stands_on_a_line_of_its_own(tmp_path):
     """The bar leaves the cursor behind itself; the message must not be glued to it."""
     job, errors = JOBS["rl2_ppo"], tmp_path / "errors"
