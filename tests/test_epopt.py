@@ -765,6 +765,19 @@ def test_evaluation_reports_the_tail_of_every_group(tmp_path):
     assert sum(key.startswith("eval/return_at_") for key in report) == 9
 
 
+def test_models_that_are_close_are_told_apart():
+    env, args = common.make("CartPoleRunEnsemble-v0", 1, seed=0), epopt.Args(eval_episodes=1)
+    models, groups = epopt.held_out_models(env, args)
+    models = models[groups["inside"]].clone()
+    models[:, 0] = 1 + torch.arange(len(models)) % 7 / 1000
+    policy = epopt.TanhPolicy(3, env.single_action_space, 8, 1.0)
+    env = common.make("CartPoleRunEnsemble-v0", len(models), seed=0)
+    groups = {"inside": slice(0, len(models))}
+    report = epopt.evaluate(policy, env, models, groups, epopt.draw_action, args)
+    found = {key[15:] for key in report if key.startswith("eval/return_at_")}
+    assert found == {"1", "1.001", "1.002", "1.003", "1.004", "1.005", "1.006"}
+
+
 def test_a_target_that_no_particle_is_like_shows_in_the_misfit():
     torch.manual_seed(0)
     env = common.make("CartPoleRunEnsemble-v0", 10, seed=0)

@@ -855,6 +855,8 @@ def test_a_checkpoint_of_another_environment(job, no_training, finished):
 def test_a_checkpoint_of_another_version(job, no_training, tmp_path, finished):
     args = {**checkpoint_of(finished)["args"], "a_flag_of_the_past": 1}
     assert "another version" in both_ways(job, edited(finished, tmp_path / "old.pt", args=args))
+    message = both_ways(job, edited(finished, tmp_path / "old.pt", args=list(args)))
+    assert "is not a checkpoint of this project" in message
 
 
 def test_a_checkpoint_whose_parts_do_not_fit(job, no_training, tmp_path, finished):
