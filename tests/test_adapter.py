@@ -471,6 +471,22 @@ def test_goals_that_say_something_else_than_the_environment_are_refused(which, w
         env.step(torch.full((6, 1), 0.4))
 
 
+def test_goals_are_compared_for_one_horizon_only():
+    """Rounding at a goal's edge must not end a long run."""
+    seen = []
+
+    def late(achieved, goal):
+        seen.append(0)
+        return GOALS[1](achieved, goal) - int(len(seen) > 5)
+
+    env = AdaptedTasks(6, *LIGHTS, low=[-5], high=[5], horizon=5, goals=(GOALS[0], late, GOALS[2]))
+    env.set_tasks(torch.arange(6.0)[:, None] + 1)
+    env.reset(seed=0)
+    for _ in range(12):
+        env.step(torch.full((6, 1), 0.4))
+    assert len(seen) == 5
+
+
 def test_goals_and_success_of_an_adapted_environment():
     common.register("Lights-v0", *LIGHTS, low=[-5], high=[5], horizon=5, goals=GOALS, success="near")
     env = common.make("Lights-v0", num_envs=6, seed=0)

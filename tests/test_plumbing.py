@@ -1055,6 +1055,13 @@ def test_a_learning_rate_beyond_reason_ends_in_one_line_of_sac_too(tmp_path, nam
     assert all(torch.isfinite(value).all() for value in saved.values())
 
 
+def test_a_gradient_step_that_diverges_names_its_own_size(tmp_path):
+    job = JOBS["maml_trpo"]
+    flags = ["--inner-lr", "0.1", "--eval-lr-factor", "1e42", "--run-dir", str(tmp_path)]
+    message = one_line(job.module.main, [*job.tiny, *flags, "--total-timesteps", str(2 * job.steps)])
+    assert re.search(r"after gradient step \d, of size 1e\+41", message)
+
+
 def test_a_learning_rate_that_float32_cannot_hold_is_named(no_training):
     job = JOBS["rl2_ppo"]
     message = one_line(job.module.main, [*job.tiny, *no_training, "--lr", "1e38"])
