@@ -338,6 +338,13 @@ ENTRIES = {
         5,
         "above the next two, within 10 % of the last",
     ),
+    "darc_reacher_in_sac_long": (
+        "darc_offdynamics.py",
+        f"{BROKEN_REACHER} --total-timesteps 220000 --target-in-sac",
+        TEN,
+        5,
+        "the target's transitions in SAC's batch as well",
+    ),
     "darc_reacher_source_long": (
         "darc_offdynamics.py",
         f"{BROKEN_REACHER} --total-timesteps 220000 --method source",
