@@ -345,6 +345,20 @@ ENTRIES = {
         5,
         "the target's transitions in SAC's batch as well",
     ),
+    "darc_reacher_mixed_long": (
+        "darc_offdynamics.py",
+        f"{BROKEN_REACHER} --total-timesteps 220000 --target-in-sac --correction-scale 0",
+        TEN,
+        5,
+        "the same without the correction",
+    ),
+    "darc_reacher_scarce_long": (
+        "darc_offdynamics.py",
+        f"{BROKEN_REACHER} --method target --total-timesteps 20800 --updates-per-step 0.67 --eval-every 1",
+        TEN,
+        2,
+        "SAC in the target alone: DARC's target steps, DARC's gradient steps",
+    ),
     "darc_reacher_source_long": (
         "darc_offdynamics.py",
         f"{BROKEN_REACHER} --total-timesteps 220000 --method source",
