@@ -1031,3 +1031,7 @@ if __name__ == "__main__":
         fail("interrupted; --resume and the run folder go on from its last checkpoint")
     except common.ContractError as error:
         fail(error)
+    except (MemoryError, RuntimeError) as error:  # NumPy says the one, PyTorch the other
+        if "alloc" not in str(error):
+            raise
+        fail(f"there is not enough memory for these flags: {textwrap.shorten(str(error), 200)}")

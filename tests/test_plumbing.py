@@ -1117,6 +1117,29 @@ common.register("LeakingTasks-v0", "Leaking-v0", lambda env, tasks: None, low=[0
     assert done.stderr.splitlines()[-1] == "error: the inner environment's observation is not finite"
 
 
+def words_of(script, *flags):
+    """Exit status and the lines on stderr of a script that is run as a user would."""
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script), *flags], env=path, capture_output=True, text=True)
+    return done.returncode, done.stderr.splitlines()
+
+
+def test_more_than_the_memory_holds_ends_in_one_line(tmp_path):
+    for flag, value in (("--hidden-size", 10**8), ("--num-envs", 10**15)):  # PyTorch's words, NumPy's words
+        status, words = words_of(ROOT / "rl2_ppo.py", flag, str(value), "--run-dir", str(tmp_path))
+        assert status == 1 and len(words) == 1 and "allocate" in words[0]
+        assert words[0].startswith("error: there is not enough memory for these flags: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_of_pytorch_keep_their_traceback(tmp_path):
+    check = "\n    device = check"
+    text = (ROOT / "rl2_ppo.py").read_text().replace(check, f"\n    torch.ones(2) @ torch.ones(3){check}")
+    (tmp_path / "broken.py").write_text(text)
+    status, words = words_of(tmp_path / "broken.py")
+    assert status == 1 and words[0].startswith("Traceback") and words[-1].startswith("RuntimeError")
+
+
 def test_every_script_ends_in_the_same_way():
     endings = {(ROOT / f"{name}.py").read_text().split("\nif __name__")[1] for name in JOBS}
     assert len(endings) == 1
