@@ -409,6 +409,13 @@ ENTRIES = {
         10,
         "below DARC",
     ),
+    "darc_cheetah_target": (
+        "darc_offdynamics.py",
+        f"{BROKEN_CHEETAH} --method target --total-timesteps 20000 --updates-per-step 2 --num-envs 1",
+        (1, 2, 3),
+        8,
+        "SAC in the target alone: DARC's target steps, DARC's gradient steps",
+    ),
     "darc_cheetah_weighting": (
         "darc_offdynamics.py",
         f"{BROKEN_CHEETAH} --method importance_weighting",
