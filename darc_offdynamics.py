@@ -103,6 +103,7 @@ RESULT (in the target; +- a 95 % interval over seeds)
                     the target alone, from as many steps there, better still: -9.6, -9.5 (3 seeds each)
     BrokenHalfCheetah, flags in benchmark/reproduce.py: 220,000 steps, 20,000 in the target, 17 min, 3 seeds:
                     2529, 3662, 3745; source only 2059, 2628, 1493; importance weighting 2021, 8, 644
+                    SAC in the target alone, from as many steps there: 3924, 1688, 2111
     PointDoor       --env-id PointDoor-v0, the wall is in the source: DARC ends by walking around it in the
                     target, too, -12.0 with all episodes at the goal, after evaluations from .00 to 1.00 of
                     them (1 seed). Straight on would be -6.0
