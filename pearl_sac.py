@@ -901,6 +901,6 @@ if __name__ == "__main__":
     except common.ContractError as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:  # NumPy says the one, PyTorch the other
-        if "alloc" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         fail(f"there is not enough memory for these flags: {textwrap.shorten(str(error), 200)}")

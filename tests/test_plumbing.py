@@ -1132,12 +1132,26 @@ def test_more_than_the_memory_holds_ends_in_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def rl2_that_begins_with(line, folder):
+    """A copy of rl2_ppo.py whose main runs a line before anything else. Returns its path."""
+    start = "\n    device = check"
+    text = (ROOT / "rl2_ppo.py").read_text()
+    assert text.count(start) == 1
+    (folder / "broken.py").write_text(text.replace(start, f"\n    {line}{start}"))
+    return folder / "broken.py"
+
+
 def test_other_errors_of_pytorch_keep_their_traceback(tmp_path):
-    check = "\n    device = check"
-    text = (ROOT / "rl2_ppo.py").read_text().replace(check, f"\n    torch.ones(2) @ torch.ones(3){check}")
-    (tmp_path / "broken.py").write_text(text)
-    status, words = words_of(tmp_path / "broken.py")
+    status, words = words_of(rl2_that_begins_with("torch.ones(2) @ torch.ones(3)", tmp_path))
     assert status == 1 and words[0].startswith("Traceback") and words[-1].startswith("RuntimeError")
+
+
+@pytest.mark.parametrize(
+    "error", ["MemoryError", "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')"]
+)
+def test_a_full_gpu_and_a_full_heap_end_in_one_line(tmp_path, error):
+    status, words = words_of(rl2_that_begins_with(f"raise {error}", tmp_path))
+    assert status == 1 and len(words) == 1 and words[0].startswith("error: there is not enough memory")
 
 
 def test_every_script_ends_in_the_same_way():
