@@ -45,6 +45,7 @@ CHEETAH = (
 )
 SMALL_STEPS = "--inner-steps 0 --inner-lr 0.03 --eval-lr-factor 1"  # .03: of .01 to .2, chosen on these tasks
 TOLD = "--inner-steps 0 --oracle --total-timesteps 1000000"  # then episodes are five steps long
+TWICE = "--total-timesteps 40000000"
 CHEETAH_DIR, CHEETAH_VEL = CHEETAH.format("Dir", 10), CHEETAH.format("Vel", 20)
 ANT_DIR = CHEETAH_DIR.replace("HalfCheetahDir", "AntDir").replace("20000000", "4000000")
 
@@ -170,7 +171,13 @@ ENTRIES = {
         2,
         "paper -2.29",
     ),
-    "maml_cheetah_dir": ("maml_trpo.py", CHEETAH_DIR, (1,), 30, "paper's simulator -50.7, 293, 313.5, 315.7"),
+    "maml_cheetah_dir": (
+        "maml_trpo.py",
+        f"{CHEETAH_DIR} {TWICE}",
+        (1, 2, 3),
+        34,
+        "paper's simulator -50.7, 293, 313.5, 315.7",
+    ),
     "maml_cheetah_vel": (
         "maml_trpo.py",
         CHEETAH_VEL,
@@ -181,9 +188,9 @@ ENTRIES = {
     "maml_ant_dir": ("maml_trpo.py", ANT_DIR, (1,), 40, "paper's simulator 8.7, 499"),
     "maml_cheetah_dir_told": (
         "maml_trpo.py",
-        f"{CHEETAH_DIR} --inner-steps 0 --oracle --eval-every 100",
-        (1,),
-        30,
+        f"{CHEETAH_DIR} --inner-steps 0 --oracle --eval-every 100 {TWICE}",
+        (1, 2, 3),
+        34,
         "paper 443",
     ),
     "maml_cheetah_vel_told": (
