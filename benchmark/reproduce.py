@@ -173,7 +173,7 @@ ENTRIES = {
     ),
     "maml_cheetah_dir": (
         "maml_trpo.py",
-        f"{CHEETAH_DIR} {TWICE}",
+        f"{CHEETAH_DIR} {TWICE} --eval-lr-factor 0.5",
         (1, 2, 3),
         34,
         "paper's simulator -50.7, 293, 313.5, 315.7",
