@@ -1,27 +1,21 @@
 """How fast the scripts are, where the time goes, and how far that is from the raw limit, measured in one run.
 
-    python -m benchmark.throughput [envs] [physics] [rl2] [maml] [pearl] [mtl] [metaworld]
-                                   [darc] [epopt] [peer] [--odrl FOLDER] [--device cpu|cuda] [--threads N]
-                                   [--write]
+    python -m benchmark.throughput [envs] [physics] [rl2] [maml] [pearl] [mtl] [darc] [epopt] [metaworld]
+                                   [--device cpu|cuda] [--threads N] [--write]
 
 --write puts the figures into results/throughput.csv, from which benchmark.report fills the README's tables of
-speed; do that with nothing else running. Every figure is a median over repetitions after a burn-in. Peers'
-figures were measured by us on another machine of two cores, so a ratio to them says an order of magnitude;
-ratios inside a run are good to a few %. But two peers are measured beside ours, in turns: `peer` wants
-`pip install stable-baselines3`, --odrl a checkout of OffDynamicsRL/off-dynamics-rl and runs two of its files.
+speed; do that with nothing else running. Every figure is a median over repetitions after a burn-in; ratios
+inside a run are good to a few %. Other people's code is measured beside ours by benchmark.peers. What stands
+here of theirs was measured by us on another two cores: a ratio to them says an order of magnitude.
 """
 
 import argparse
 import csv
 import dataclasses
-import json
 import os
 import platform
-import runpy
 import statistics
-import tempfile
 import time
-from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the scripts have it, before PyTorch is loaded
 
@@ -219,37 +213,6 @@ def maml(device, env_id, repeats=5, **flags):
         note(name, products=products / whole)
 
 
-def peer(turns=3, steps=32_768):
-    """Env steps/s end to end of stable-baselines3's PPO on Hopper and of epopt.py on its ensemble, in turns.
-
-    epopt.py is taken where its Hopper runs for a second or two, not where it falls at once.
-    """
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.env_util import make_vec_env
-
-    ppo = PPO("MlpPolicy", make_vec_env("Hopper-v5", n_envs=8, seed=1), device="cpu", seed=1)
-    ppo.learn(16_384)  # burn-in
-    flags = "--env-id HopperEnsemble-v0 --num-models 240 --max-kl 0.03 --gamma 0.995 --gae-lambda 0.97"
-    flags += " --eval-every 1000 --save-every 1000 --eval-tasks 10 --eval-episodes 1 --device cpu"
-    theirs, ours = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for turn in range(turns + 1):
-            start = time.perf_counter()
-            ppo.learn(steps)
-            theirs.append(steps / (time.perf_counter() - start))
-            begun = ["--resume", *map(str, Path(folder).iterdir())]  # once there is a run
-            total = ["--total-timesteps", str(1_000_000 * (turn + 1))]
-            epopt.main([*(begun if turn else [*flags.split(), "--run-dir", folder]), *total])
-            (file,) = Path(folder).glob("*/metrics.jsonl")
-            rows = [json.loads(row) for row in file.read_text().splitlines()]
-            new = [row for row in rows if row["global_step"] > 1_000_000 * turn]
-            ours.append(statistics.median(row["charts/SPS"] for row in new))
-    theirs, ours = statistics.median(theirs[1:]), statistics.median(ours[1:])
-    print(f"\nHopper: epopt.py {ours:,.0f} env steps/s end to end, {ours / theirs:.1f} times")
-    print(f"  stable-baselines3's PPO with 8 environments, {theirs:,.0f}, measured in turns")
-    note("peer_Hopper", epopt=ours, sb3=theirs, ratio=ours / theirs)
-
-
 def seconds_of_products(function):
     """Seconds that a call spends in matrix products, and in all operations, by PyTorch's profiler."""
     with torch.profiler.profile() as profile:
@@ -377,49 +340,6 @@ def darc(device, repeats=5, count=100, compiled=False, **changes):
     note(name, iterations=1 / total, playing=playing / total, products=raw / total)
 
 
-def odrl(folder, turns=6, count=50):
-    """Gradient steps/s of ODRL's DARC and of darc_offdynamics.py, in turns; playing is left out of both.
-
-    folder: a checkout of off-dynamics-rl. Its classifiers learn in one of ten steps, from 128 transitions of
-    each domain, and not at all in its first 100,000 steps; ours in every step, from 256 of each. Its
-    temperature is fixed, ours learned.
-    """
-    files = {"darc": "algo/online_online/darc.py", "utils": "algo/utils.py"}
-    theirs = {name: runpy.run_path(str(Path(folder) / file)) for name, file in files.items()}
-    config = {"gamma": 0.99, "tau": 0.005, "state_dim": 17, "action_dim": 6, "max_action": 1.0}
-    config |= {"hidden_sizes": 256, "temperature_opt": False, "gaussian_noise_std": 1.0, "update_interval": 2}
-    config |= {"critic_lr": 3e-4, "actor_lr": 3e-4, "penalty_coefficient": 1.0}
-    replays = [theirs["utils"]["ReplayBuffer"](17, 6, "cpu", 10_000) for _ in range(2)]
-    for replay in replays:
-        for _ in range(1000):
-            state, after = torch.randn(2, 17).numpy()
-            replay.add(state, 2 * torch.rand(6).numpy() - 1, after, 0.0, 0.0)
-
-    def their_job(every, steps_before):
-        agent = theirs["darc"]["DARC"]({**config, "tar_env_interact_freq": every}, "cpu")
-        agent.total_it = steps_before
-        return lambda: [agent.train(*replays, 128) for _ in range(count)]
-
-    jobs = {
-        "ODRL, classifiers every tenth step": their_job(10, 100_000),
-        "ODRL, classifiers every step": their_job(1, 100_000),
-        "ODRL without, its first 100,000 steps": their_job(10, 0),
-        "ours, classifiers every step": darc_job("cpu", count)[0],
-        "ours without (--method source)": darc_job("cpu", count, method="source")[0],
-    }
-    seconds = {name: [] for name in jobs}
-    for turn in range(turns + 1):
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            if turn:  # the first is burn-in
-                seconds[name].append(time.perf_counter() - start)
-    speed = {name: count / statistics.median(times) for name, times in seconds.items()}
-    print("\nDARC, gradient steps/s: " + ", ".join(f"{name} {value:.1f}" for name, value in speed.items()))
-    keys = ("odrl", "odrl_every", "odrl_sac", "ours", "ours_sac")
-    note("peer_darc", **dict(zip(keys, speed.values(), strict=True)))
-
-
 def products_seconds(obs_dim, action_dim, args, device):
     """The raw limit of a gradient step: its matrix products, forwards and backwards, and nothing else."""
     batch, hidden = args.batch_size, args.hidden_size
@@ -528,10 +448,7 @@ def rl2(device, env_id, repeats=7, compiled=False, **flags):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "what", nargs="*", help="envs, physics, rl2, maml, pearl, mtl, darc, epopt, metaworld, peer"
-    )
-    parser.add_argument(
-        "--odrl", default="", help="a checkout of off-dynamics-rl, to be measured beside ours"
+        "what", nargs="*", help="envs, physics, rl2, maml, pearl, mtl, darc, epopt, metaworld"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's own choice")
@@ -541,10 +458,11 @@ def main():
         torch.set_num_threads(options.threads)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.machine()}, {name}")
-    if options.odrl:
-        odrl(options.odrl)
     everything = {"envs", "physics", "rl2", "maml", "pearl", "mtl", "darc", "epopt"}
-    what = set(options.what) or (set() if options.odrl else everything)
+    what = set(options.what) or everything
+    unknown = what - everything - {"metaworld"}
+    if unknown:
+        parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(sorted(everything))}, metaworld")
     if "envs" in what:
         env_steps(options.device)
     if "physics" in what:
@@ -582,8 +500,6 @@ def main():
                 darc(options.device, compiled=compiled, method=method)
     if "metaworld" in what:
         metaworld()
-    if "peer" in what:
-        peer()
     if "rl2" in what:
         sps = rl2(options.device, "GridNavi-v0", **GRIDNAVI)
         print(f"  {sps / VARIBAD_GRIDNAVI_SPS:.0f} times varibad's {VARIBAD_GRIDNAVI_SPS} env steps/s")

@@ -12,7 +12,18 @@ import epopt
 import maml_trpo
 import mtl_contextual
 import pearl_sac
-from benchmark import ensembles, mazes, plot, posteriors, report, reproduce, throughput, trajectories, walls
+from benchmark import (
+    ensembles,
+    mazes,
+    peers,
+    plot,
+    posteriors,
+    report,
+    reproduce,
+    throughput,
+    trajectories,
+    walls,
+)
 
 TINY = (
     "--num-envs 8 --episodes-per-trial 3 --hidden-size 8 --total-timesteps 48 --eval-every 1 --eval-tasks 16"
@@ -223,6 +234,27 @@ def test_a_figure_of_speed_is_what_is_printed(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert f"{throughput.FIGURES['mtl_2x4_updates']:.1f} gradient steps/s" in printed
     assert throughput.FIGURES.keys() == {"mtl_2x4_updates", "mtl_2x4_hindsight"}
+
+
+def test_peers_are_measured_in_turns_after_a_burn_in(monkeypatch):
+    """A slow first call counts for nobody, and no job runs twice before the other has run."""
+    clock, order, took = [0.0], [], {"theirs": [9.0, 2.0, 3.0, 4.0], "ours": [9.0, 1.0, 1.0, 5.0]}
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: clock[0])
+
+    def job(name):
+        order.append(name)
+        clock[0] += took[name][order.count(name) - 1]
+
+    assert peers.in_turns({name: lambda name=name: job(name) for name in took}, 3) == {"theirs": 3, "ours": 1}
+    assert order == ["theirs", "ours"] * 4
+
+
+@pytest.mark.parametrize("module", [throughput, peers])
+def test_what_is_not_there_to_be_measured_is_refused(module, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [module.__name__, "mamll"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "no mamll; there are" in capsys.readouterr().err
 
 
 # ---- MAML's pictures

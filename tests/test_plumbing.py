@@ -690,6 +690,13 @@ def test_a_seed_that_is_too_large_is_named(job, no_training, seed):
     assert message.startswith(f"error: --seed {seed}")
 
 
+@pytest.mark.parametrize("flag", ["--hidden-size", "--eval-every", "--eval-tasks"])
+def test_a_number_too_large_for_pytorch_is_named(job, no_training, flag):
+    for value in (10**12, 2**63, 10**23):
+        message = one_line(job.module.main, [*job.tiny, *no_training, flag, str(value)])
+        assert message == f"error: {flag} {value}: expected a number below 10^12"
+
+
 def test_an_unknown_environment_lists_the_known_ones(job, no_training):
     for env_id in ("CartPole-v1", "Bandit5", "nonsense"):
         message = one_line(job.module.main, [*job.tiny, *no_training, "--env-id", env_id])
