@@ -1,21 +1,26 @@
 """Other people's code and ours on one machine, in turns, so that a slow minute hits both.
 
-    python -m benchmark.peers [rl2] [sac] [hopper] [--odrl FOLDER] [--write]
+    python -m benchmark.peers [rl2] [sac] [hopper] [--odrl FOLDER] [--oyster FOLDER] [--maml-rl FOLDER]
+                              [--write]
 
-rl2, sac and hopper (without a word: all three) want `pip install sb3-contrib`; --odrl wants a checkout of
-OffDynamicsRL/off-dynamics-rl and runs two of its files. --write puts the figures into results/throughput.csv,
-beside those of benchmark.throughput; do that with nothing else running.
+rl2, sac and hopper (without a word: all three) want `pip install sb3-contrib`. The folders are checkouts of
+OffDynamicsRL/off-dynamics-rl, katerakelly/oyster and tristandeleu/pytorch-maml-rl, of which as much is run as
+needs no simulator. --write puts the figures into results/throughput.csv, beside those of
+benchmark.throughput; do that with nothing else running.
 """
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import platform
 import runpy
 import statistics
+import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the scripts have it, before PyTorch is loaded
@@ -25,9 +30,10 @@ import torch
 
 import common
 import epopt
+import maml_trpo
 import rl2_ppo
 from benchmark import throughput
-from benchmark.throughput import GRIDNAVI, darc_job, note
+from benchmark.throughput import GRIDNAVI, OYSTER, darc_job, note, pearl_job
 
 
 def in_turns(jobs, turns):
@@ -48,15 +54,15 @@ def trials_of(env, episodes):
 
     class Trials(VecEnv):
         def __init__(self):
-            self.arms, self.steps = int(env.single_action_space.n), episodes * env.horizon
-            width = env.single_observation_space.shape[0] + self.arms + 2
+            self.choices, self.steps = int(env.single_action_space.n), episodes * env.horizon
+            width = env.single_observation_space.shape[0] + self.choices + 2
             seen = gym.spaces.Box(-float("inf"), float("inf"), (width,))
-            super().__init__(env.num_envs, seen, gym.spaces.Discrete(self.arms))
+            super().__init__(env.num_envs, seen, gym.spaces.Discrete(self.choices))
 
         def reset(self):
             env.set_tasks(env.sample_tasks(env.num_envs))
             self.count, obs = 0, env.reset()[0]
-            return torch.cat([obs, torch.zeros(len(obs), self.arms + 2)], 1).numpy()
+            return torch.cat([obs, torch.zeros(len(obs), self.choices + 2)], 1).numpy()
 
         def step_async(self, actions):
             self.actions = torch.as_tensor(actions)
@@ -64,7 +70,7 @@ def trials_of(env, episodes):
         def step_wait(self):
             obs, reward, terminated, truncated, _ = env.step(self.actions)
             self.count += 1
-            before = [torch.nn.functional.one_hot(self.actions, self.arms), reward[:, None]]
+            before = [torch.nn.functional.one_hot(self.actions, self.choices), reward[:, None]]
             x = torch.cat([obs, *before, (terminated | truncated)[:, None]], 1).numpy()
             over = self.count == self.steps  # episodes have one length here
             infos = [{"terminal_observation": row} if over else {} for row in x]
@@ -175,7 +181,7 @@ def odrl(folder, turns=6, count=50):
     temperature is fixed, ours learned.
     """
     files = {"darc": "algo/online_online/darc.py", "utils": "algo/utils.py"}
-    theirs = {name: runpy.run_path(str(Path(folder) / file)) for name, file in files.items()}
+    theirs = {name: runpy.run_path(str(folder / file)) for name, file in files.items()}
     config = {"gamma": 0.99, "tau": 0.005, "state_dim": 17, "action_dim": 6, "max_action": 1.0}
     config |= {"hidden_sizes": 256, "temperature_opt": False, "gaussian_noise_std": 1.0, "update_interval": 2}
     config |= {"critic_lr": 3e-4, "actor_lr": 3e-4, "penalty_coefficient": 1.0}
@@ -203,10 +209,143 @@ def odrl(folder, turns=6, count=50):
     note("peer_darc", **dict(zip(keys, speed.values(), strict=True)))
 
 
+def done(loop, value):
+    """An asyncio future that has its value."""
+    future = loop.create_future()
+    future.set_result(value)
+    return future
+
+
+def maml_rl_job(folder, args, obs_dim=2, act_dim=2, steps=100):
+    """A meta-update of pytorch-maml-rl, from episodes of random numbers in memory, as a function to call."""
+    # its samplers want gym and processes, and nothing else wants them
+    sys.modules.setdefault("maml_rl.samplers", types.SimpleNamespace(MultiTaskSampler=type(None)))
+    sys.path.insert(0, str(folder))
+    names = {"episode": "BatchEpisodes", "baseline": "LinearFeatureBaseline", "metalearners": "MAMLTRPO"}
+    names["policies"] = "NormalMLPPolicy"
+    parts = [getattr(importlib.import_module(f"maml_rl.{module}"), name) for module, name in names.items()]
+    episodes_class, baseline_class, learner_class, policy_class = parts
+    policy = policy_class(obs_dim, act_dim, hidden_sizes=(args.hidden_size,) * 2, nonlinearity=torch.tanh)
+    learner, baseline = learner_class(policy, fast_lr=args.inner_lr), baseline_class(obs_dim)
+    begun = [p.detach().clone() for p in policy.parameters()]
+
+    def episodes():
+        batch = episodes_class(args.episodes_per_task, gamma=args.gamma)
+        for _ in range(steps):
+            obs = torch.randn(args.episodes_per_task, obs_dim)
+            with torch.no_grad():
+                action = policy(obs).sample()
+            numbers = range(args.episodes_per_task)
+            batch.append(obs.numpy(), action.numpy(), torch.randn(args.episodes_per_task).numpy(), numbers)
+        baseline.fit(batch)
+        batch.compute_advantages(baseline, gae_lambda=args.gae_lambda)
+        return done(learner._event_loop, batch)
+
+    train, valid = ([episodes() for _ in range(args.num_tasks)] for _ in range(2))
+    sizes = {"cg_iters": args.cg_steps, "cg_damping": args.cg_damping, "max_kl": args.max_kl}
+
+    def job():
+        learner.step([train], valid, ls_max_steps=15, ls_backtrack_ratio=0.8, **sizes)
+        with torch.no_grad():  # so that each call does the same
+            for p, at_first in zip(policy.parameters(), begun, strict=True):
+                p.copy_(at_first)
+
+    return job
+
+
+def maml_rl(folder, turns=5):
+    """Seconds of a meta-update of pytorch-maml-rl and of maml_trpo.py on PointGoal, in turns; no playing.
+
+    folder: a checkout of pytorch-maml-rl, whose torch.lstsq, gone from PyTorch, has to be torch.linalg.lstsq.
+    20 tasks x 20 episodes x 100 steps, 2 x 64.
+    """
+    args = maml_trpo.Args()
+    torch.manual_seed(0)
+    env = common.make(args.env_id, args.num_tasks * args.episodes_per_task, seed=0)
+    policy = maml_trpo.Policy(2, env.single_action_space, args.hidden_size, args.init_std)
+    tasks, begun = env.sample_tasks(args.num_tasks), [p.detach().clone() for p in policy.parameters()]
+    *inner, outer = maml_trpo.adapt(policy, maml_trpo.act, env, tasks, [args.inner_lr], args)
+
+    def ours():
+        maml_trpo.update(policy, inner, outer, args)
+        with torch.no_grad():
+            for p, at_first in zip(policy.parameters(), begun, strict=True):
+                p.copy_(at_first)
+
+    seconds = in_turns({"theirs": maml_rl_job(folder, args), "ours": ours}, turns)
+    ratio = seconds["theirs"] / seconds["ours"]
+    print(f"\nMAML's meta-update on PointGoal: ours {seconds['ours']:.2f} s")
+    print(f"  pytorch-maml-rl, in turns: {seconds['theirs']:.2f} s, {ratio:.1f} times that")
+    note("peer_maml", **seconds, ratio=ratio)
+
+
+def oyster_job(folder, meta_batch, batch_size, count, obs_dim=2, act_dim=2):
+    """count gradient steps of oyster's PEARL, at its point robot's settings, from random steps in replay."""
+    for name, stub in (("gym", gym), ("gym.spaces", gym.spaces), ("gtimer", types.ModuleType("gtimer"))):
+        sys.modules.setdefault(name, stub)  # no gradient step uses more of them
+    sys.path.insert(0, str(folder))
+    names = ("networks", "sac.policies", "sac.agent", "sac.sac")
+    networks, policies, agents, learners = (importlib.import_module(f"rlkit.torch.{name}") for name in names)
+    config = runpy.run_path(str(folder / "configs/default.py"))["default_config"]
+    flags = (
+        config["algo_params"] | json.loads((folder / "configs/point-robot.json").read_text())["algo_params"]
+    )
+    flags |= {"meta_batch": meta_batch, "batch_size": batch_size, "replay_buffer_size": 1000}
+    wide, latent = {"hidden_sizes": [300] * 3}, config["latent_size"]
+    encoder = networks.MlpEncoder([200] * 3, input_size=obs_dim + act_dim + 1, output_size=2 * latent)
+    critics = [
+        networks.FlattenMlp(**wide, input_size=width + latent, output_size=1)
+        for width in (obs_dim + act_dim, obs_dim + act_dim, obs_dim)
+    ]
+    actor = policies.TanhGaussianPolicy(
+        **wide, obs_dim=obs_dim + latent, latent_dim=latent, action_dim=act_dim
+    )
+    agent = agents.PEARLAgent(latent, encoder, actor, **flags)
+    box = {width: gym.spaces.Box(-1, 1, (width,)) for width in (obs_dim, act_dim)}
+    env = types.SimpleNamespace(observation_space=box[obs_dim], action_space=box[act_dim])
+    tasks = list(range(OYSTER["train_tasks"]))
+    nets = {"nets": [agent, *critics], "latent_dim": latent, "train_tasks": tasks, "eval_tasks": tasks[:1]}
+    learner = learners.PEARLSoftActorCritic(env, **nets, **flags)
+    for buffer in (learner.replay_buffer, learner.enc_replay_buffer):
+        for task in tasks:
+            for _ in range(flags["replay_buffer_size"]):
+                obs, after, action = (torch.rand(dim).numpy() for dim in (obs_dim, obs_dim, act_dim))
+                buffer.add_sample(task, obs, action, -1.0, False, after, env_info={})
+    learner.training_mode(True)
+
+    def job():
+        for _ in range(count):
+            chosen = torch.randperm(len(tasks))[:meta_batch].tolist()
+            learner._do_training(chosen)
+            learner._n_train_steps_total += 1
+
+    return job
+
+
+def oyster(folder, turns=5, count=20):
+    """Gradient steps/s of oyster and of pearl_sac.py at oyster's sizes, in turns; playing is left out.
+
+    folder: a checkout of oyster. It has a third critic for V, and context of 64 single transitions; ours
+    learns its temperature and has context of one to three whole episodes of 20.
+    """
+    for size in ((8, 64), (16, 256)):
+        learn, collect, *_ = pearl_job("cpu", count, num_tasks=size[0], batch_size=size[1], **OYSTER)
+        for _ in range(4):
+            collect()
+        seconds = in_turns({"theirs": oyster_job(folder, *size, count), "ours": learn}, turns)
+        speed = {name: count / value for name, value in seconds.items()}
+        ratio = speed["ours"] / speed["theirs"]
+        print(f"\nPEARL, {size[0]} tasks x {size[1]}: ours {speed['ours']:.1f} gradient steps/s")
+        print(f"  oyster, in turns: {speed['theirs']:.1f}; ours {ratio:.2f} times that")
+        note(f"peer_pearl_{size[0]}x{size[1]}", **speed, ratio=ratio)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", help="rl2, sac, hopper")
-    parser.add_argument("--odrl", default="", help="a checkout of off-dynamics-rl")
+    checkouts = {"odrl": odrl, "oyster": oyster, "maml-rl": maml_rl}
+    for name in checkouts:
+        parser.add_argument(f"--{name}", type=Path, help=f"its checkout; see {name.replace('-', '_')} below")
     parser.add_argument("--write", action="store_true", help="write results/throughput.csv")
     options = parser.parse_args()
     threads = f"{torch.get_num_threads()} threads"
@@ -215,10 +354,12 @@ def main():
     unknown = set(options.what) - set(jobs)
     if unknown:
         parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(jobs)}")
-    for name in options.what or (() if options.odrl else jobs):
+    folders = {name: getattr(options, name.replace("-", "_")) for name in checkouts}
+    for name in options.what or (() if any(folders.values()) else jobs):
         jobs[name]()
-    if options.odrl:
-        odrl(options.odrl)
+    for name, folder in folders.items():
+        if folder:
+            checkouts[name](folder)
     if options.write:
         throughput.write(f"{threads}, {platform.machine()}")
 

@@ -222,9 +222,8 @@ def seconds_of_products(function):
     return sum(times.get(f"aten::{name}", 0) for name in names), sum(times.values())
 
 
-def pearl(device, repeats=5, count=20, compiled=False, **flags):
-    """Gradient steps/s of pearl_sac.py, the share that its matrix products alone would take, collection."""
-    device = torch.device(device)
+def pearl_job(device, count, compiled=False, **flags):
+    """Two functions to call, count gradient steps of pearl_sac.py and a round of its play; args and env."""
     args = dataclasses.replace(pearl_sac.Args(), **flags)
     torch.manual_seed(0)
     env = common.make(args.env_id, args.train_tasks, device=device, seed=0)
@@ -244,6 +243,13 @@ def pearl(device, repeats=5, count=20, compiled=False, **flags):
     def learn():
         pearl_sac.update(agent, optimizer, step_fn, replay, count, args)
 
+    return learn, collect, args, env
+
+
+def pearl(device, repeats=5, count=20, compiled=False, **flags):
+    """Gradient steps/s of pearl_sac.py, the share that its matrix products alone would take, collection."""
+    device = torch.device(device)
+    learn, collect, args, env = pearl_job(device, count, compiled, **flags)
     collecting = median_seconds(collect, device, repeats)
     learning = median_seconds(learn, device, repeats) / count
     sps = args.train_tasks * args.episodes_per_task * env.horizon / collecting
@@ -477,20 +483,18 @@ def main():
             epopt_step(options.device, "CartPoleRunEnsemble-v0", epsilon=epsilon)
             epopt_step(options.device, epsilon=epsilon)
     if "pearl" in what:
-        oyster = {"hidden_size": 300, "hidden_layers": 3, "train_tasks": 80}
         for flags in (
             {},
-            {"num_tasks": 8, "batch_size": 64, **oyster},
-            {"num_tasks": 16, "batch_size": 256, **oyster},
+            {"num_tasks": 8, "batch_size": 64, **OYSTER},
+            {"num_tasks": 16, "batch_size": 256, **OYSTER},
         ):
             for compiled in (False, True) if options.device == "cuda" else (False,):
                 pearl(options.device, compiled=compiled, **flags)
     if "mtl" in what:
-        large = {"hidden_size": 300, "hidden_layers": 3, "train_tasks": 80}
         for flags in (
             {},
-            {"num_tasks": 8, "batch_size": 64, **large},
-            {"num_tasks": 16, "batch_size": 256, **large},
+            {"num_tasks": 8, "batch_size": 64, **OYSTER},
+            {"num_tasks": 16, "batch_size": 256, **OYSTER},
         ):
             for compiled in (False, True) if options.device == "cuda" else (False,):
                 mtl(options.device, compiled=compiled, **flags)
@@ -528,6 +532,7 @@ def write(machine):
     print(f"\nwrote {file}")
 
 
+OYSTER = {"hidden_size": 300, "hidden_layers": 3, "train_tasks": 80}  # its sizes
 GRIDNAVI = {"episodes_per_trial": 4, "num_envs": 1024, "epochs": 2, "minibatches": 4}  # the README's run
 
 if __name__ == "__main__":
