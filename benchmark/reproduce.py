@@ -108,6 +108,10 @@ HOPPER = (
     "--env-id HopperEnsemble-v0 --num-models 240 --warmup-iterations 120 --max-kl 0.03 --gamma 0.995"
     " --gae-lambda 0.97 --eval-every 10 --save-every 5 --eval-episodes 1 --total-timesteps"
 )
+RUNNING_ENSEMBLE = (
+    "--env-id HalfCheetahEnsemble-v0 --num-models 100 --warmup-iterations 50 --max-kl 0.03 --gamma 0.99"
+    " --gae-lambda 0.97 --eval-every 20 --save-every 10 --eval-episodes 1 --total-timesteps 14000000"
+)
 TEN = tuple(range(1, 11))
 BROKEN_CHEETAH = (
     "--env-id BrokenHalfCheetah-v0 --num-envs 4 --warmup-steps 20000 --input-noise 0.4 --gamma 0.99"
@@ -189,7 +193,7 @@ ENTRIES = {
     "maml_cheetah_dir_told": (
         "maml_trpo.py",
         f"{CHEETAH_DIR} --inner-steps 0 --oracle --eval-every 100 {TWICE}",
-        (1, 2, 3),
+        (2, 3),
         34,
         "paper 443",
     ),
@@ -396,6 +400,8 @@ ENTRIES = {
         40,
         "below 1500 at the ends",
     ),
+    "epopt_cheetah": ("epopt.py", RUNNING_ENSEMBLE, (1,), 10, "p10 above the next one"),
+    "epopt_cheetah_randomised": ("epopt.py", f"{RUNNING_ENSEMBLE} --epsilon 1", (1,), 10, "lower p10"),
     "epopt_run": ("epopt.py", "", TEN, 2, "p10 above the next two"),
     "epopt_run_randomised": ("epopt.py", "--epsilon 1", TEN, 2, "p10 above the next one"),
     "epopt_run_single": ("epopt.py", "--epsilon 1 --ensemble single", TEN, 2, "lowest p10"),
