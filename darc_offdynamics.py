@@ -729,7 +729,7 @@ def check_experiment(args):
     for name in ("total_timesteps", "eval_every", "save_every"):
         require(getattr(args, name) > 0, name, getattr(args, name), "a positive number")
     for name, value in asdict(args).items():
-        require(not isinstance(value, int) or abs(value) < 10**12, name, value, "a number below 10^12")
+        require(not isinstance(value, int) or value < 10**12, name, value, "a number below 10^12")
     require(0 <= args.seed < 2**30, "seed", args.seed, "a whole number from 0 to 2^30 - 1")
     require(args.device in ("auto", "cpu", "cuda"), "device", args.device, "auto, cpu or cuda")
     cuda = torch.cuda.is_available()

@@ -10,6 +10,7 @@ benchmark.throughput; do that with nothing else running.
 """
 
 import argparse
+import copy
 import dataclasses
 import importlib
 import json
@@ -46,6 +47,17 @@ def in_turns(jobs, turns):
             if turn:  # the first is burn-in
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def repeatable(job, module):
+    """job, but the module has its first weights back afterwards, so that every call does the same."""
+    first = copy.deepcopy(module.state_dict())
+
+    def again():
+        job()
+        module.load_state_dict(first)
+
+    return again
 
 
 def trials_of(env, episodes):
@@ -227,7 +239,6 @@ def maml_rl_job(folder, args, obs_dim=2, act_dim=2, steps=100):
     episodes_class, baseline_class, learner_class, policy_class = parts
     policy = policy_class(obs_dim, act_dim, hidden_sizes=(args.hidden_size,) * 2, nonlinearity=torch.tanh)
     learner, baseline = learner_class(policy, fast_lr=args.inner_lr), baseline_class(obs_dim)
-    begun = [p.detach().clone() for p in policy.parameters()]
 
     def episodes():
         batch = episodes_class(args.episodes_per_task, gamma=args.gamma)
@@ -246,11 +257,8 @@ def maml_rl_job(folder, args, obs_dim=2, act_dim=2, steps=100):
 
     def job():
         learner.step([train], valid, ls_max_steps=15, ls_backtrack_ratio=0.8, **sizes)
-        with torch.no_grad():  # so that each call does the same
-            for p, at_first in zip(policy.parameters(), begun, strict=True):
-                p.copy_(at_first)
 
-    return job
+    return repeatable(job, policy)
 
 
 def maml_rl(folder, turns=5):
@@ -263,15 +271,9 @@ def maml_rl(folder, turns=5):
     torch.manual_seed(0)
     env = common.make(args.env_id, args.num_tasks * args.episodes_per_task, seed=0)
     policy = maml_trpo.Policy(2, env.single_action_space, args.hidden_size, args.init_std)
-    tasks, begun = env.sample_tasks(args.num_tasks), [p.detach().clone() for p in policy.parameters()]
+    tasks = env.sample_tasks(args.num_tasks)
     *inner, outer = maml_trpo.adapt(policy, maml_trpo.act, env, tasks, [args.inner_lr], args)
-
-    def ours():
-        maml_trpo.update(policy, inner, outer, args)
-        with torch.no_grad():
-            for p, at_first in zip(policy.parameters(), begun, strict=True):
-                p.copy_(at_first)
-
+    ours = repeatable(lambda: maml_trpo.update(policy, inner, outer, args), policy)
     seconds = in_turns({"theirs": maml_rl_job(folder, args), "ours": ours}, turns)
     ratio = seconds["theirs"] / seconds["ours"]
     print(f"\nMAML's meta-update on PointGoal: ours {seconds['ours']:.2f} s")
@@ -345,7 +347,7 @@ def main():
     parser.add_argument("what", nargs="*", help="rl2, sac, hopper")
     checkouts = {"odrl": odrl, "oyster": oyster, "maml-rl": maml_rl}
     for name in checkouts:
-        parser.add_argument(f"--{name}", type=Path, help=f"its checkout; see {name.replace('-', '_')} below")
+        parser.add_argument(f"--{name}", type=Path, help="the folder of its checkout")
     parser.add_argument("--write", action="store_true", help="write results/throughput.csv")
     options = parser.parse_args()
     threads = f"{torch.get_num_threads()} threads"
