@@ -249,6 +249,19 @@ def test_peers_are_measured_in_turns_after_a_burn_in(monkeypatch):
     assert order == ["theirs", "ours"] * 4
 
 
+def test_a_repeatable_job_begins_with_the_first_weights_each_time():
+    module, seen = torch.nn.Linear(2, 1, bias=False), []
+
+    def job():
+        seen.append(module.weight.tolist())
+        with torch.no_grad():
+            module.weight.add_(1.0)
+
+    again = peers.repeatable(job, module)
+    again(), again()
+    assert len(seen) == 2 and seen[0] == seen[1] == module.weight.tolist()
+
+
 @pytest.mark.parametrize("module", [throughput, peers])
 def test_what_is_not_there_to_be_measured_is_refused(module, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [module.__name__, "mamll"])
