@@ -148,7 +148,7 @@ class RecurrentActorCritic(nn.Module):
         self.pair_inputs = pair_inputs
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
-        last = 2 * obs_dim * self.action_dim if pair_inputs else self.action_dim
+        last = 2 * (obs_dim + 1) * self.action_dim if pair_inputs else self.action_dim
         self.gru = nn.GRU(obs_dim + last + 2, hidden_size)
         self.actor = nn.Linear(hidden_size, self.action_dim)
         self.critic = nn.Linear(hidden_size, 1)
@@ -173,7 +173,7 @@ class RecurrentActorCritic(nn.Module):
             nn.init.zeros_(self.lookup.bias)
 
     def read(self, obs, last_obs, last_action, last_reward, last_done):
-        """The GRU's input x: [B, obs + act + 2], or with pair_inputs [B, obs + 2 obs act + 2]. [Fig 1]
+        """The GRU's input x: [B, obs + act + 2], or with pair_inputs [B, obs + 2 (obs + 1) act + 2]. [Fig 1]
 
         obs, last_obs: [B, obs]; last_action: [B, act], encoded; last_reward, last_done: [B]. Before the first
         step of a trial all that is last is 0.
@@ -181,8 +181,9 @@ class RecurrentActorCritic(nn.Module):
         reward, done = last_reward[:, None], last_done[:, None]
         if not self.pair_inputs:
             return torch.cat([obs, last_action, reward, done], 1)
-        pair = (last_obs[:, :, None] * last_action[:, None]).flatten(1)  # [B, obs * act], one-hot of one-hots
-        return torch.cat([obs, pair, pair * reward, reward, done], 1)  # D9
+        last_obs = F.pad(last_obs, (0, 1), value=1.0)  # of the action by itself, too
+        pair = (last_obs[:, :, None] * last_action[:, None]).flatten(1)  # D9: [B, (obs + 1) * act]
+        return torch.cat([obs, pair, pair * reward, reward, done], 1)
 
     def forward(self, x, hidden):
         """x: [T, B, input], steps of a trial or window, as read; hidden: [1, B, H], before the first of them.
