@@ -5,6 +5,7 @@ script with the trap put in.
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import CueTask, FuseTask, mutant, script
+from torch import nn
 from torch.distributions import Normal
 
 import common
@@ -30,11 +32,11 @@ def red(check, *edits):
         check(broken)
 
 
-def make_agent(module, env, hidden_size=8, seed=0):
+def make_agent(module, env, hidden_size=8, seed=0, pair_inputs=False):
     """A fresh agent that is far from indifferent: its memory moves and its actions depend on it."""
     torch.manual_seed(seed)
     agent = module.RecurrentActorCritic(
-        env.single_observation_space.shape[0], env.single_action_space, hidden_size
+        env.single_observation_space.shape[0], env.single_action_space, hidden_size, pair_inputs
     )
     with torch.no_grad():
         agent.actor.weight.mul_(50.0)
@@ -53,8 +55,8 @@ def envs_of_each_kind():
     yield common.make("SparsePointGoal-v0", 4, seed=1, horizon=4)
 
 
-def play(module, env, num_episodes=3, window=None, hidden_size=8):
-    agent = make_agent(module, env, hidden_size)
+def play(module, env, num_episodes=3, window=None, hidden_size=8, pair_inputs=False):
+    agent = make_agent(module, env, hidden_size, pair_inputs=pair_inputs)
     tasks = env.sample_tasks(env.num_envs)
     return agent, module.rollout(agent, env, tasks, num_episodes, window or num_episodes * env.horizon)
 
@@ -122,9 +124,9 @@ def test_gae_goes_red_when_padding_leaks_in():  # T8
 # ---- the policy: one step at a time, or the whole trial at once
 
 
-def check_stepwise_equals_whole_sequence(module):
+def check_stepwise_equals_whole_sequence(module, pair_inputs=False):
     for env in envs_of_each_kind():
-        agent, trials = play(module, env, window=1)
+        agent, trials = play(module, env, window=1, pair_inputs=pair_inputs)
         policy, value, hidden = agent(trials["x"], agent.initial_hidden(env.num_envs))
         torch.testing.assert_close(policy.log_prob(trials["action"]), trials["logprob"], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(value, trials["value"], atol=1e-5, rtol=1e-5)
@@ -134,8 +136,9 @@ def check_stepwise_equals_whole_sequence(module):
         torch.testing.assert_close(hidden, last, atol=1e-5, rtol=1e-5)
 
 
-def test_playing_step_by_step_equals_reading_the_whole_trial():
-    check_stepwise_equals_whole_sequence(rl2)
+@pytest.mark.parametrize("pair_inputs", [False, True])
+def test_playing_step_by_step_equals_reading_the_whole_trial(pair_inputs):
+    check_stepwise_equals_whole_sequence(rl2, pair_inputs)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 6, 12])
@@ -364,6 +367,58 @@ def test_the_input_goes_red_when_the_last_reward_is_missing():
         "agent.encode(action[0]), reward,",
         "agent.encode(action[0]), 0 * reward,",
     )
+
+
+def check_pairs_are_what_was_tried_where_and_what_it_paid(module):  # D9
+    """Numbers that no two environments share; episodes end early, and the pair is of the step before."""
+    env = FuseTask(6)
+    _, trials = play(module, env, num_episodes=3, pair_inputs=True)
+    obs, pair, paid, last_reward, last_done = trials["x"].split([3, 12, 12, 1, 1], -1)
+    assert pair[0].abs().sum() == paid[0].abs().sum() == 0
+    for t, b in itertools.product(range(1, len(obs)), range(env.num_envs)):
+        expected = torch.zeros(4, 3)  # row: entry of the observation, the last a 1; column: action
+        expected[:, trials["action"][t - 1, b]] = torch.cat([obs[t - 1, b], torch.ones(1)])
+        assert torch.equal(pair[t, b], expected.flatten())
+        assert torch.equal(paid[t, b], expected.flatten() * trials["reward"][t - 1, b])
+        assert last_reward[t, b] == trials["reward"][t - 1, b] > 0
+    assert last_done.sum() > 0 and env.single_observation_space.shape == (3,)
+
+
+def test_pairs_are_what_was_tried_where_and_what_it_paid():
+    check_pairs_are_what_was_tried_where_and_what_it_paid(rl2)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("last_obs = F.pad(last_obs,", "last_obs = F.pad(obs,"),
+        ("[obs, pair, pair * reward,", "[obs, pair, pair,"),
+        ("(0, 1), value=1.0)", "(0, 1))"),
+        ("last_obs = obs", "pass"),
+    ],
+)
+def test_pairs_go_red(edit):
+    red(check_pairs_are_what_was_tried_where_and_what_it_paid, *edit)
+
+
+def check_the_heads_see_the_input_if_it_holds_pairs(module):  # D9
+    env, depends = FuseTask(6), []
+    for pair_inputs in (False, True):
+        agent = make_agent(module, env, pair_inputs=pair_inputs)
+        for parameter in agent.gru.parameters():
+            nn.init.zeros_(parameter)  # no memory
+        x = torch.randn(2, 6, agent.gru.input_size)
+        policy, value, _ = agent(x, agent.initial_hidden(6))
+        depends.append([bool(policy.logits.std((0, 1)).max() > 0.1), bool(value.std() > 0.1)])
+    assert depends == [[False, False], [True, True]]
+
+
+def test_the_heads_see_the_input_if_it_holds_pairs():
+    check_the_heads_see_the_input_if_it_holds_pairs(rl2)
+
+
+def test_the_heads_go_red_when_they_see_the_memory_alone():
+    red(check_the_heads_see_the_input_if_it_holds_pairs, "[memory, x], -1", "[memory, 0 * x], -1")
 
 
 def test_a_continuous_action_is_remembered_as_it_was_sampled():
