@@ -69,7 +69,7 @@ RESULT (held-out tasks after 0, 1, 2, 3 gradient steps; +- a standard error over
                        -3.2 +- .2; pretrained with its best step size -38.2, -19.4, -10.0, -7.0; told the
                        goal -.50; MAML's released runs, 100 meta-iterations: -40.4, -11.7, -3.33, -3.23
     HalfCheetahDir     40 M steps, 41 min, 3 seeds (+- over them): -27, 577 +- 37, 624 +- 27, 644 +- 29; told
-                       962; pretrained, 20 M steps -1, 8, 37, 68. Its two tasks are trained on
+                       958; pretrained, 20 M steps -1, 8, 37, 68. Its two tasks are trained on
     HalfCheetahVel     20 M steps, 33 min, 20 tasks a meta-batch, 1 seed: -183, -102 +- 8, -77, -68; told
                        -32; pretrained, with steps of .003 -155, -126, -108, -92. Off-policy learners do
                        better there: pearl_sac.py, mtl_contextual.py
