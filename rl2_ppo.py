@@ -41,6 +41,8 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
         found again by s. So of the last observation and action the GRU reads their outer product, alone and
         times the reward (a choice of the embedding phi that the paper leaves open), and the heads read the
         GRU through a hidden layer that sees the input, too. TabularMDP is learned six times as fast.
+    D10 short_trials, off by default: trials of fewer episodes in the first half of training. What remembers
+        ten episodes is found sooner than what remembers twenty-five, and is a good start for it.
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  The hidden state cleared where an EPISODE ends: every episode plays the average task.
@@ -121,6 +123,7 @@ class Args:
 
     num_envs: int = 2048  # trials played side by side, each of its own task; an iteration is one in each
     episodes_per_trial: int = 10  # n, the episodes of one task that share a hidden state
+    short_trials: int = 0  # episodes of a trial in the first half of training [D10]; 0: n from the start
     hidden_size: int = 64  # width of the GRU: all that the agent can remember of a task [D8]
     lr: float = 0.01  # Adam's step size, falling linearly to zero; less for smaller batches and longer trials
     gamma: float = 1.0  # discount per step, running on through the episodes of a trial [D4]
@@ -689,10 +692,25 @@ def check_rl2(args):
     for name in positive.split():
         fine = 0 < getattr(args, name) < 1e36  # float32 has to hold multiples of it
         require(fine, name, getattr(args, name), "a positive number")
-    for name in "entropy_coef value_coef bptt_window eval_tasks".split():
+    for name in "entropy_coef value_coef bptt_window short_trials eval_tasks".split():
         require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
     for name in ("gamma", "gae_lambda"):
         require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "a number from 0 to 1")
+
+
+def check_trials(args, horizon):
+    """Check that trials, short ones too, divide into windows and minibatches. Returns the short ones' n."""
+    whole, parts = args.episodes_per_trial, args.minibatches
+    short = args.short_trials or whole
+    require(short <= whole, "short_trials", short, f"at most {whole}, --episodes-per-trial")
+    for steps in (short * horizon, whole * horizon):
+        window = args.bptt_window or steps
+        require(steps % window == 0, "bptt_window", window, f"a divisor of {steps}, a trial's steps")
+        sequences = args.num_envs * (steps // window)
+        require(
+            sequences % parts == 0, "minibatches", parts, f"a divisor of {sequences}, a batch's sequences"
+        )
+    return short
 
 
 def main(argv=None):
@@ -715,11 +733,7 @@ def main(argv=None):
         print_report(eval_env, report, eval_tasks, "episode")
         return
 
-    trial_steps = args.episodes_per_trial * env.horizon
-    window = args.bptt_window or trial_steps
-    require(trial_steps % window == 0, "bptt_window", window, f"a divisor of {trial_steps}, a trial's steps")
-    sequences, parts = args.num_envs * (trial_steps // window), args.minibatches
-    require(sequences % parts == 0, "minibatches", parts, f"a divisor of {sequences}, a batch's sequences")
+    short = check_trials(args, env.horizon)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)
     modules = {"agent": agent, "optimizer": optimizer, "env": env}  # all that has a state
     iteration = global_step = 0
@@ -739,7 +753,9 @@ def main(argv=None):
 
             # Collect: a new task in every environment, and a trial of each.
             tasks = env.sample_tasks(args.num_envs)
-            trials = rollout(agent, env, tasks, args.episodes_per_trial, window)
+            num_episodes = short if anneal > 0.5 else args.episodes_per_trial  # D10
+            window = args.bptt_window or num_episodes * env.horizon
+            trials = rollout(agent, env, tasks, num_episodes, window)
             steps = int(trials["valid"].sum(dtype=torch.int64))  # padding is not experience
             collected = clock(device)
             metrics = update(agent, optimizer, step_fn, trials, window, iteration == 0, anneal, args)

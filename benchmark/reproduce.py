@@ -54,7 +54,7 @@ TABULAR = (
     " --gae-lambda 0.3 --entropy-coef 0.05 --total-timesteps 130000000 --eval-every 100 --save-every 100"
 )
 PAIRS = f"{TABULAR} --pair-inputs --save-every 50 --total-timesteps"
-PAIRS_N25 = f"{PAIRS} 65000000 --episodes-per-trial 25 --num-envs 128"
+PAIRS_N25 = f"{PAIRS} 60000000 --episodes-per-trial 25 --short-trials 10"
 TABULAR_N25 = f"{TABULAR} --episodes-per-trial 25 --num-envs 128 --total-timesteps 44000000"
 
 PEARL_CHEETAH = (

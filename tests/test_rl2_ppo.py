@@ -485,7 +485,7 @@ def test_sequences_are_whole_trials_unless_a_window_is_asked_for(tmp_path):
 
 def test_sequences_go_red_when_they_are_single_steps(tmp_path):  # T6
     check = functools.partial(check_sequences_are_whole_trials_unless_asked, folder=tmp_path)
-    red(check, "args.bptt_window or trial_steps", "args.bptt_window or 1")
+    red(check, "args.bptt_window or num_episodes * env.horizon", "args.bptt_window or 1")
 
 
 # ---- the losses, by hand
