@@ -488,6 +488,35 @@ def test_sequences_go_red_when_they_are_single_steps(tmp_path):  # T6
     red(check, "args.bptt_window or num_episodes * env.horizon", "args.bptt_window or 1")
 
 
+def check_the_first_half_may_play_fewer_episodes(module):  # D10
+    """Six iterations of 6 trials: 2 episodes in each while half of the 100 steps lie ahead, then 5."""
+    played, shipped = [], module.rollout
+
+    def spy(agent, env, tasks, num_episodes, window, seed=None):
+        played.append((num_episodes, window))
+        return shipped(agent, env, tasks, num_episodes, window, seed)
+
+    flags = "--num-envs 6 --minibatches 2 --episodes-per-trial 5 --eval-tasks 7 --eval-every 100 --device cpu"
+    for flag, training in (("", [5] * 4), ("--short-trials 2", [2] * 5 + [5] * 2)):
+        with mock.patch.object(module, "rollout", spy), tempfile.TemporaryDirectory() as folder:
+            module.main(f"{flags} --total-timesteps 100 {flag} --run-dir {folder}".split())
+        assert played == [(n, n) for n in (*training, 5)]  # the last: held-out tasks are played in full
+        played.clear()
+
+
+def test_the_first_half_may_play_fewer_episodes(capsys):
+    check_the_first_half_may_play_fewer_episodes(rl2)
+    with pytest.raises(SystemExit, match="--bptt-window 2: expected a divisor of 5, a trial's steps"):
+        rl2.main("--short-trials 5 --bptt-window 2 --device cpu".split())
+
+
+@pytest.mark.parametrize(
+    "edit", [("anneal > 0.5", "anneal > 0.6"), ("short if anneal", "args.episodes_per_trial if anneal")]
+)
+def test_short_trials_go_red(edit):
+    red(check_the_first_half_may_play_fewer_episodes, *edit)
+
+
 # ---- the losses, by hand
 
 
