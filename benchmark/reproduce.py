@@ -53,8 +53,8 @@ TABULAR = (
     "--env-id TabularMDP-v0 --num-envs 256 --hidden-size 256 --epochs 2 --lr 0.005 --gamma 0.99"
     " --gae-lambda 0.3 --entropy-coef 0.05 --total-timesteps 130000000 --eval-every 100 --save-every 100"
 )
-PAIRS = f"{TABULAR} --pair-inputs --save-every 50 --total-timesteps"
-PAIRS_N25 = f"{PAIRS} 60000000 --episodes-per-trial 25 --short-trials 10"
+PAIRS = f"{TABULAR} --pair-inputs --gae-lambda 0.8 --save-every 50 --total-timesteps"
+PAIRS_N25 = f"{PAIRS} 55000000 --episodes-per-trial 25 --short-trials 10"
 TABULAR_N25 = f"{TABULAR} --episodes-per-trial 25 --num-envs 128 --total-timesteps 44000000"
 
 PEARL_CHEETAH = (
