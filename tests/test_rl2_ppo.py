@@ -391,7 +391,7 @@ def test_pairs_are_what_was_tried_where_and_what_it_paid():
 @pytest.mark.parametrize(
     "edit",
     [
-        ("last_obs = F.pad(last_obs,", "last_obs = F.pad(obs,"),
+        ("place = F.pad(last_obs,", "place = F.pad(obs,"),
         ("[obs, pair, pair * reward,", "[obs, pair, pair,"),
         ("(0, 1), value=1.0)", "(0, 1))"),
         ("last_obs = obs", "pass"),
@@ -489,7 +489,7 @@ def test_sequences_go_red_when_they_are_single_steps(tmp_path):  # T6
 
 
 def check_the_first_half_may_play_fewer_episodes(module):  # D10
-    """Six iterations of 6 trials: 2 episodes in each while half of the 100 steps lie ahead, then 5."""
+    """Six trials an iteration, of 2 episodes while half of the 100 steps or more lie ahead, then of 5."""
     played, shipped = [], module.rollout
 
     def spy(agent, env, tasks, num_episodes, window, seed=None):
@@ -506,8 +506,10 @@ def check_the_first_half_may_play_fewer_episodes(module):  # D10
 
 def test_the_first_half_may_play_fewer_episodes(capsys):
     check_the_first_half_may_play_fewer_episodes(rl2)
-    with pytest.raises(SystemExit, match="--bptt-window 2: expected a divisor of 5, a trial's steps"):
+    with pytest.raises(SystemExit, match="--bptt-window 2: expected a divisor of 5, 5 episodes' steps"):
         rl2.main("--short-trials 5 --bptt-window 2 --device cpu".split())
+    with pytest.raises(SystemExit, match="--pair-inputs with --normalize-inputs: one of them"):
+        rl2.main("--pair-inputs --normalize-inputs --device cpu".split())
 
 
 @pytest.mark.parametrize(
