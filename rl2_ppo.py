@@ -130,6 +130,7 @@ class Args:
     gamma: float = 1.0  # discount per step, running on through the episodes of a trial [D4]
     gae_lambda: float = 1.0  # GAE: 1 uses whole sampled returns, less leans on the critic
     clip: float = 0.2  # PPO cuts the ratio of new to old probability to 1 +- this
+    late_lambda: float = -1.0  # gae_lambda in the second half of total_timesteps [D11]; -1: as in the first
     epochs: int = 4  # passes over each batch of trials
     minibatches: int = 4  # gradient steps a pass, each on its share of whole trials (or windows of them)
     entropy_coef: float = 0.003  # bonus for random actions, falling linearly to zero
@@ -700,27 +701,26 @@ def check_rl2(args):
         fail("--pair-inputs with --normalize-inputs: one of them, as what the one adds the other would cut")
     for name in ("gamma", "gae_lambda"):
         require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "a number from 0 to 1")
+    fine = args.late_lambda == -1 or 0 <= args.late_lambda <= 1
+    require(fine, "late_lambda", args.late_lambda, "a number from 0 to 1, or -1")
 
 
-def check_trials(args, horizon):
-    """Check that trials, short ones too, divide into windows and minibatches. Returns the short ones' n."""
+def two_halves(args, horizon):
+    """The args of the first and of the second half of training, checked to divide their trials. [D10, D11]"""
     whole, parts = args.episodes_per_trial, args.minibatches
-    short = args.short_trials or whole
-    require(short <= whole, "short_trials", short, f"at most {whole}, --episodes-per-trial")
-    for num_episodes in (short, whole):
+    early = replace(args, episodes_per_trial=args.short_trials or whole)
+    late = replace(args, gae_lambda=args.gae_lambda if args.late_lambda < 0 else args.late_lambda)
+    require(args.short_trials <= whole, "short_trials", args.short_trials, f"at most {whole}")
+    for num_episodes in (early.episodes_per_trial, whole):
         steps = num_episodes * horizon
         window = args.bptt_window or steps
-        require(
-            steps % window == 0,
-            "bptt_window",
-            window,
-            f"a divisor of {steps}, {num_episodes} episodes' steps",
-        )
+        expected = f"a divisor of {steps}, {num_episodes} episodes' steps"
+        require(steps % window == 0, "bptt_window", window, expected)
         sequences = args.num_envs * (steps // window)
         require(
             sequences % parts == 0, "minibatches", parts, f"a divisor of {sequences}, a batch's sequences"
         )
-    return short
+    return early, late
 
 
 def main(argv=None):
@@ -743,7 +743,7 @@ def main(argv=None):
         print_report(eval_env, report, eval_tasks, "episode")
         return
 
-    short = check_trials(args, env.horizon)
+    early, late = two_halves(args, env.horizon)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)
     modules = {"agent": agent, "optimizer": optimizer, "env": env}  # all that has a state
     iteration = global_step = 0
@@ -763,12 +763,12 @@ def main(argv=None):
 
             # Collect: a new task in every environment, and a trial of each.
             tasks = env.sample_tasks(args.num_envs)
-            num_episodes = short if anneal > 0.5 else args.episodes_per_trial  # D10
-            window = args.bptt_window or num_episodes * env.horizon
-            trials = rollout(agent, env, tasks, num_episodes, window)
+            now = early if anneal > 0.5 else late  # D10, D11
+            window = args.bptt_window or now.episodes_per_trial * env.horizon
+            trials = rollout(agent, env, tasks, now.episodes_per_trial, window)
             steps = int(trials["valid"].sum(dtype=torch.int64))  # padding is not experience
             collected = clock(device)
-            metrics = update(agent, optimizer, step_fn, trials, window, iteration == 0, anneal, args)
+            metrics = update(agent, optimizer, step_fn, trials, window, iteration == 0, anneal, now)
             if args.normalize_inputs:  # after the gradient steps, whose ratios begin at 1
                 see_inputs(agent, trials["x"], trials["valid"], 1 / (iteration + 1))
             learned = clock(device)
