@@ -44,6 +44,8 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
     D10 short_trials, off by default: fewer episodes a trial in the first half of total_timesteps; evaluation
         plays n throughout (and charts/return leaps where that half ends). TabularMDP, n = 25: begun with 10
         it was ahead at every number of steps (one seed).
+    D11 late_lambda, off by default: a lambda for the second half. Targets of little noise (.3) find a memory
+        sooner than unbiased ones (.8), and then say less of what exploring is worth.
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  The hidden state cleared where an EPISODE ends: every episode plays the average task.
