@@ -28,7 +28,7 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
     D3  The critic predicts standardised returns, and its last layer is rescaled as their scale moves (PopArt,
         van Hasselt et al. 2016, arXiv:1602.07714): its loss has one scale, whatever trials sum to.
     D4  gamma = 1 by default, since the plain sum over the trial is the objective. The trial is the horizon:
-        V = 0 after its end, whatever gamma is. The authors' scripts, and both long commands below, have .99.
+        V = 0 after its end, whatever gamma is. The authors' scripts, and the long commands below, have .99.
     D5  Step size and entropy bonus fall linearly to zero.
     D6  bptt_window, for long trials: gradients stop where a window begins, GAE does not, and the hidden state
         it begins with is the one that was played with, stale from an iteration's second gradient step on.
@@ -63,6 +63,9 @@ RUN
         --gamma 0.99 --gae-lambda 0.95 --entropy-coef 0.1 --total-timesteps 14000000
     python rl2_ppo.py --episodes-per-trial 100 --num-envs 512 --hidden-size 128 --lr 0.005 --gamma 0.99 \
         --gae-lambda 0.97 --entropy-coef 0.02 --total-timesteps 55000000    # the paper's longer trials
+    python rl2_ppo.py --env-id TabularMDP-v0 --pair-inputs --num-envs 256 --hidden-size 256 --epochs 2 \
+        --lr 0.005 --gamma 0.99 --gae-lambda 0.3 --late-lambda 0.8 --entropy-coef 0.05 \
+        --total-timesteps 51200000       # random MDPs; n = 25: --episodes-per-trial 25 --short-trials 10
     python rl2_ppo.py --env-id HalfCheetahVel-v0 --episodes-per-trial 2 --num-envs 64 --hidden-size 128 \
         --lr 0.003 --gamma 0.97 --gae-lambda 0.9 --entropy-coef 0 --normalize-inputs --eval-tasks 100 \
         --eval-every 10 --total-timesteps 10000000       # a body that moves
