@@ -28,7 +28,7 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
     D3  The critic predicts standardised returns, and its last layer is rescaled as their scale moves (PopArt,
         van Hasselt et al. 2016, arXiv:1602.07714): its loss has one scale, whatever trials sum to.
     D4  gamma = 1 by default, since the plain sum over the trial is the objective. The trial is the horizon:
-        V = 0 after its end, whatever gamma is. The authors' scripts, and the long commands below, have .99.
+        V = 0 after its end, whatever gamma is. The authors' scripts, and most commands below, have .99.
     D5  Step size and entropy bonus fall linearly to zero.
     D6  bptt_window, for long trials: gradients stop where a window begins, GAE does not, and the hidden state
         it begins with is the one that was played with, stale from an iteration's second gradient step on.
@@ -40,12 +40,7 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
     D9  pair_inputs, off by default, for tabular tasks: what an action pays in a state has to be filed under
         the pair and found again by the state. So the last action enters alone and times each entry of the
         last observation, all of that once more times the reward, and the two heads share a hidden layer that
-        reads the GRU and its input. TabularMDP, n = 10: 143 after 8 instead of 49 M steps (one seed).
-    D10 short_trials, off by default: fewer episodes a trial in the first half of total_timesteps; evaluation
-        plays n throughout (and charts/return leaps where that half ends). TabularMDP, n = 25: begun with 10
-        it was ahead at every number of steps (one seed).
-    D11 late_lambda, off by default: a lambda for the second half. Targets of little noise (.3) find a memory
-        sooner than unbiased ones (.8), and then say less of what exploring is worth.
+        reads the GRU and its input. TabularMDP, n = 10: 143 after 8 instead of 49 M steps (one seed; NOTES).
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  The hidden state cleared where an EPISODE ends: every episode plays the average task.
@@ -64,8 +59,8 @@ RUN
     python rl2_ppo.py --episodes-per-trial 100 --num-envs 512 --hidden-size 128 --lr 0.005 --gamma 0.99 \
         --gae-lambda 0.97 --entropy-coef 0.02 --total-timesteps 55000000    # the paper's longer trials
     python rl2_ppo.py --env-id TabularMDP-v0 --pair-inputs --num-envs 256 --hidden-size 256 --epochs 2 \
-        --lr 0.005 --gamma 0.99 --gae-lambda 0.3 --late-lambda 0.8 --entropy-coef 0.05 \
-        --total-timesteps 51200000       # random MDPs; n = 25: --episodes-per-trial 25 --short-trials 10
+        --lr 0.005 --gamma 0.99 --gae-lambda 0.3 --entropy-coef 0.05 \
+        --total-timesteps 130000000                      # random MDPs
     python rl2_ppo.py --env-id HalfCheetahVel-v0 --episodes-per-trial 2 --num-envs 64 --hidden-size 128 \
         --lr 0.003 --gamma 0.97 --gae-lambda 0.9 --entropy-coef 0 --normalize-inputs --eval-tasks 100 \
         --eval-every 10 --total-timesteps 10000000       # a body that moves
@@ -129,13 +124,11 @@ class Args:
 
     num_envs: int = 2048  # trials played side by side, each of its own task; an iteration is one in each
     episodes_per_trial: int = 10  # n, the episodes of one task that share a hidden state
-    short_trials: int = 0  # episodes of a trial in the first half of total_timesteps [D10]; 0: n throughout
     hidden_size: int = 64  # width of the GRU: all that the agent can remember of a task [D8]
     lr: float = 0.01  # Adam's step size, falling linearly to zero; less for smaller batches and longer trials
     gamma: float = 1.0  # discount per step, running on through the episodes of a trial [D4]
     gae_lambda: float = 1.0  # GAE: 1 uses whole sampled returns, less leans on the critic
     clip: float = 0.2  # PPO cuts the ratio of new to old probability to 1 +- this
-    late_lambda: float = -1.0  # gae_lambda in the second half of total_timesteps [D11]; -1: as in the first
     epochs: int = 4  # passes over each batch of trials
     minibatches: int = 4  # gradient steps a pass, each on its share of whole trials (or windows of them)
     entropy_coef: float = 0.003  # bonus for random actions, falling linearly to zero
@@ -700,32 +693,12 @@ def check_rl2(args):
     for name in positive.split():
         fine = 0 < getattr(args, name) < 1e36  # float32 has to hold multiples of it
         require(fine, name, getattr(args, name), "a positive number")
-    for name in "entropy_coef value_coef bptt_window short_trials eval_tasks".split():
+    for name in "entropy_coef value_coef bptt_window eval_tasks".split():
         require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
     if args.pair_inputs and args.normalize_inputs:  # D7 cuts what is rare, and each pair is
         fail("--pair-inputs with --normalize-inputs: one of them, as what the one adds the other would cut")
     for name in ("gamma", "gae_lambda"):
         require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "a number from 0 to 1")
-    fine = args.late_lambda == -1 or 0 <= args.late_lambda <= 1
-    require(fine, "late_lambda", args.late_lambda, "a number from 0 to 1, or -1")
-
-
-def two_halves(args, horizon):
-    """The args of the first and of the second half of training, checked to divide their trials. [D10, D11]"""
-    whole, parts = args.episodes_per_trial, args.minibatches
-    early = replace(args, episodes_per_trial=args.short_trials or whole)
-    late = replace(args, gae_lambda=args.gae_lambda if args.late_lambda < 0 else args.late_lambda)
-    require(args.short_trials <= whole, "short_trials", args.short_trials, f"at most {whole}")
-    for num_episodes in (early.episodes_per_trial, whole):
-        steps = num_episodes * horizon
-        window = args.bptt_window or steps
-        expected = f"a divisor of {steps}, {num_episodes} episodes' steps"
-        require(steps % window == 0, "bptt_window", window, expected)
-        sequences = args.num_envs * (steps // window)
-        require(
-            sequences % parts == 0, "minibatches", parts, f"a divisor of {sequences}, a batch's sequences"
-        )
-    return early, late
 
 
 def main(argv=None):
@@ -748,7 +721,11 @@ def main(argv=None):
         print_report(eval_env, report, eval_tasks, "episode")
         return
 
-    early, late = two_halves(args, env.horizon)
+    trial_steps = args.episodes_per_trial * env.horizon
+    window = args.bptt_window or trial_steps
+    require(trial_steps % window == 0, "bptt_window", window, f"a divisor of {trial_steps}, a trial's steps")
+    sequences, parts = args.num_envs * (trial_steps // window), args.minibatches
+    require(sequences % parts == 0, "minibatches", parts, f"a divisor of {sequences}, a batch's sequences")
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)
     modules = {"agent": agent, "optimizer": optimizer, "env": env}  # all that has a state
     iteration = global_step = 0
@@ -768,12 +745,10 @@ def main(argv=None):
 
             # Collect: a new task in every environment, and a trial of each.
             tasks = env.sample_tasks(args.num_envs)
-            now = early if anneal > 0.5 else late  # D10, D11
-            window = args.bptt_window or now.episodes_per_trial * env.horizon
-            trials = rollout(agent, env, tasks, now.episodes_per_trial, window)
+            trials = rollout(agent, env, tasks, args.episodes_per_trial, window)
             steps = int(trials["valid"].sum(dtype=torch.int64))  # padding is not experience
             collected = clock(device)
-            metrics = update(agent, optimizer, step_fn, trials, window, iteration == 0, anneal, now)
+            metrics = update(agent, optimizer, step_fn, trials, window, iteration == 0, anneal, args)
             if args.normalize_inputs:  # after the gradient steps, whose ratios begin at 1
                 see_inputs(agent, trials["x"], trials["valid"], 1 / (iteration + 1))
             learned = clock(device)

@@ -53,8 +53,6 @@ TABULAR = (
     "--env-id TabularMDP-v0 --num-envs 256 --hidden-size 256 --epochs 2 --lr 0.005 --gamma 0.99"
     " --gae-lambda 0.3 --entropy-coef 0.05 --total-timesteps 130000000 --eval-every 100 --save-every 100"
 )
-PAIRS = f"{TABULAR} --pair-inputs --late-lambda 0.8 --save-every 50 --total-timesteps"
-PAIRS_N25 = f"{PAIRS} 50000000 --episodes-per-trial 25 --short-trials 10"
 TABULAR_N25 = f"{TABULAR} --episodes-per-trial 25 --num-envs 128 --total-timesteps 44000000"
 
 PEARL_CHEETAH = (
@@ -159,8 +157,7 @@ ENTRIES = {
     "rl2_bandit10_n100": ("rl2_ppo.py", f"--env-id Bandit10-v0 {N100}", (1,), 40, "Gittins 83.7, paper 83.5"),
     "rl2_tabular_n10": ("rl2_ppo.py", TABULAR, (1,), 180, "paper 156.2, BEB 152.3"),
     "rl2_tabular_n25": ("rl2_ppo.py", TABULAR_N25, (1,), 90, "paper 445.7, BEB 442.4"),
-    "rl2_tabular_n10_pairs": ("rl2_ppo.py", f"{PAIRS} 51200000", (1,), 60, "paper 156.2, BEB 152.3"),
-    "rl2_tabular_n25_pairs": ("rl2_ppo.py", PAIRS_N25, (1,), 90, "paper 445.7, BEB 442.4"),
+    "rl2_tabular_n10_pairs": ("rl2_ppo.py", f"{TABULAR} --pair-inputs", (1,), 150, "paper 156.2, BEB 152.3"),
     "rl2_gridnavi": ("rl2_ppo.py", GRIDNAVI, (1, 2, 3), 5, "path to the known goal 11.07 an episode"),
     "maml_pointgoal": ("maml_trpo.py", "", (1, 2, 3), 5, "paper -40.4, -11.7, -3.33, -3.23"),
     "maml_pointgoal_quarter": (

@@ -614,8 +614,7 @@ WRONG = {  # script -> flag -> values
         "entropy-coef": NOT_BELOW,
         "value-coef": NOT_BELOW,
     }
-    | {"bptt-window": ("-1", "2", "6"), "minibatches": ("0", "-3", "5", "32"), "short-trials": ("-1", "4")}
-    | {"late-lambda": ("-0.5", "1.1", "nan")}
+    | {"bptt-window": ("-1", "2", "6"), "minibatches": ("0", "-3", "5", "32")}
     | dict.fromkeys(("num-envs", "episodes-per-trial", "epochs"), ("0", "-3")),
     "maml_trpo": dict.fromkeys(("inner-lr", "init-std", "max-kl", "eval-lr-factor"), ABOVE_ZERO)
     | dict.fromkeys(("num-tasks", "episodes-per-task", "cg-steps", "eval-episodes"), ("0", "-3"))

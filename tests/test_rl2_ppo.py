@@ -485,66 +485,12 @@ def test_sequences_are_whole_trials_unless_a_window_is_asked_for(tmp_path):
 
 def test_sequences_go_red_when_they_are_single_steps(tmp_path):  # T6
     check = functools.partial(check_sequences_are_whole_trials_unless_asked, folder=tmp_path)
-    red(check, "args.bptt_window or now.episodes_per_trial * env.horizon", "args.bptt_window or 1")
+    red(check, "args.bptt_window or trial_steps", "args.bptt_window or 1")
 
 
-def check_the_second_half_may_have_its_own_lambda(module):  # D11
-    """The lambda of every update, beside the share of the 100 steps that lies ahead of it."""
-    seen, shipped = [], module.update
-
-    def spy(agent, optimizer, step_fn, trials, window, first, anneal, args):
-        seen.append((round(anneal, 2), args.gae_lambda))
-        return shipped(agent, optimizer, step_fn, trials, window, first, anneal, args)
-
-    flags = "--num-envs 5 --minibatches 1 --episodes-per-trial 5 --eval-tasks 7 --gae-lambda 0.3 --device cpu"
-    for flag, late in (("", 0.3), ("--late-lambda 0", 0.0), ("--late-lambda 0.8", 0.8)):
-        with mock.patch.object(module, "update", spy), tempfile.TemporaryDirectory() as folder:
-            module.main(f"{flags} --total-timesteps 100 {flag} --run-dir {folder}".split())
-        assert seen == [(1.0, 0.3), (0.75, 0.3), (0.5, late), (0.25, late)]
-        seen.clear()
-
-
-def test_the_second_half_may_have_its_own_lambda():
-    check_the_second_half_may_have_its_own_lambda(rl2)
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [("if args.late_lambda < 0 else", "if args.late_lambda <= 0 else"), ("anneal, now)", "anneal, args)")],
-)
-def test_the_second_halfs_lambda_goes_red(edit):
-    red(check_the_second_half_may_have_its_own_lambda, *edit)
-
-
-def check_the_first_half_may_play_fewer_episodes(module):  # D10
-    """Six trials an iteration, of 2 episodes while half of the 100 steps or more lie ahead, then of 5."""
-    played, shipped = [], module.rollout
-
-    def spy(agent, env, tasks, num_episodes, window, seed=None):
-        played.append((num_episodes, window))
-        return shipped(agent, env, tasks, num_episodes, window, seed)
-
-    flags = "--num-envs 6 --minibatches 2 --episodes-per-trial 5 --eval-tasks 7 --eval-every 100 --device cpu"
-    for flag, training in (("", [5] * 4), ("--short-trials 2", [2] * 5 + [5] * 2)):
-        with mock.patch.object(module, "rollout", spy), tempfile.TemporaryDirectory() as folder:
-            module.main(f"{flags} --total-timesteps 100 {flag} --run-dir {folder}".split())
-        assert played == [(n, n) for n in (*training, 5)]  # the last: held-out tasks are played in full
-        played.clear()
-
-
-def test_the_first_half_may_play_fewer_episodes(capsys):
-    check_the_first_half_may_play_fewer_episodes(rl2)
-    with pytest.raises(SystemExit, match="--bptt-window 2: expected a divisor of 5, 5 episodes' steps"):
-        rl2.main("--short-trials 5 --bptt-window 2 --device cpu".split())
+def test_pairs_are_not_cut_by_normalised_inputs():
     with pytest.raises(SystemExit, match="--pair-inputs with --normalize-inputs: one of them"):
         rl2.main("--pair-inputs --normalize-inputs --device cpu".split())
-
-
-@pytest.mark.parametrize(
-    "edit", [("anneal > 0.5", "anneal > 0.6"), ("args.short_trials or whole)", "whole)")]
-)
-def test_short_trials_go_red(edit):
-    red(check_the_first_half_may_play_fewer_episodes, *edit)
 
 
 # ---- the losses, by hand
