@@ -58,9 +58,8 @@ RUN
         --gamma 0.99 --gae-lambda 0.95 --entropy-coef 0.1 --total-timesteps 14000000
     python rl2_ppo.py --episodes-per-trial 100 --num-envs 512 --hidden-size 128 --lr 0.005 --gamma 0.99 \
         --gae-lambda 0.97 --entropy-coef 0.02 --total-timesteps 55000000    # the paper's longer trials
-    python rl2_ppo.py --env-id TabularMDP-v0 --pair-inputs --num-envs 256 --hidden-size 256 --epochs 2 \
-        --lr 0.005 --gamma 0.99 --gae-lambda 0.3 --entropy-coef 0.05 \
-        --total-timesteps 130000000                      # random MDPs
+    python rl2_ppo.py --env-id TabularMDP-v0 --num-envs 256 --hidden-size 256 --epochs 2 --lr 0.005 \
+        --gamma 0.99 --gae-lambda 0.3 --entropy-coef 0.05 --total-timesteps 130000000   # or --pair-inputs
     python rl2_ppo.py --env-id HalfCheetahVel-v0 --episodes-per-trial 2 --num-envs 64 --hidden-size 128 \
         --lr 0.003 --gamma 0.97 --gae-lambda 0.9 --entropy-coef 0 --normalize-inputs --eval-tasks 100 \
         --eval-every 10 --total-timesteps 10000000       # a body that moves
@@ -73,6 +72,8 @@ RESULT (held-out tasks; +- a standard error over tasks; minutes of one busy core
     GridNavi           14 M steps, 5 min, 3 seeds: returns 4.0, 10.4, 11.0, 11.0 in episodes 1 to 4; the path
                        to the known goal 11.07, Bayes-optimal in episode 1 4.0
     Maze               10 M steps, 25 min, 1 seed: 33.7 steps in the first episode, 20.4 in the second
+    TabularMDP, n = 10 130 M steps, 4 h, 1 seed: sum 154.0 +- 1.6; random 100, a Bayesian who is paid for
+                       exploring (BEB) 152.3, the paper 156.2
     Bandit5, n = 100   55 M steps, 36 min, 1 seed: 78.02 +- .17; players that know the prior: the index of
                        what is left of the trial 78.6, Gittins index 78.5 (both +- .15), the paper 78.7
     HalfCheetahVel     10 M steps, 30 min, 1 seed: -102 +- 6 and -103 +- 7 in episodes 1 and 2; one speed for
