@@ -53,6 +53,7 @@ TABULAR = (
     "--env-id TabularMDP-v0 --num-envs 256 --hidden-size 256 --epochs 2 --lr 0.005 --gamma 0.99"
     " --gae-lambda 0.3 --entropy-coef 0.05 --total-timesteps 130000000 --eval-every 100 --save-every 100"
 )
+
 TABULAR_N25 = f"{TABULAR} --episodes-per-trial 25 --num-envs 128 --total-timesteps 44000000"
 
 PEARL_CHEETAH = (
@@ -153,7 +154,6 @@ ENTRIES = {
     "rl2_bandit5_n10": ("rl2_ppo.py", "", (1, 2, 3), 3, "Bayes-optimal 6.660, paper 6.7"),
     "rl2_bandit10_n10": ("rl2_ppo.py", BANDIT10, (1, 2, 3), 6, "Bayes-optimal 6.714, paper 6.7"),
     "rl2_bandit5_n100": ("rl2_ppo.py", N100, (1,), 40, "Gittins 78.5, paper 78.7"),
-    "rl2_bandit5_n100_pairs": ("rl2_ppo.py", f"{N100} --pair-inputs", (1,), 45, "Gittins 78.5, paper 78.7"),
     "rl2_bandit10_n100": ("rl2_ppo.py", f"--env-id Bandit10-v0 {N100}", (1,), 40, "Gittins 83.7, paper 83.5"),
     "rl2_tabular_n10": ("rl2_ppo.py", TABULAR, (1,), 180, "paper 156.2, BEB 152.3"),
     "rl2_tabular_n25": ("rl2_ppo.py", TABULAR_N25, (1,), 90, "paper 445.7, BEB 442.4"),
