@@ -417,6 +417,41 @@ def test_the_heads_see_the_input_if_it_holds_pairs():
     check_the_heads_see_the_input_if_it_holds_pairs(rl2)
 
 
+def check_the_heads_read_a_rectified_layer(module):  # D9
+    agent = make_agent(module, FuseTask(6), pair_inputs=True)
+    x = torch.randn(5, 6, agent.gru.input_size)
+    policy, value, _ = agent(x, agent.initial_hidden(6))
+    layer = torch.cat([agent.gru(x)[0], x], -1) @ agent.lookup.weight.T + agent.lookup.bias
+    head = agent.actor(layer.clamp(min=0))
+    torch.testing.assert_close(policy.logits, head.log_softmax(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(value, 2 + 3 * agent.critic(layer.clamp(min=0))[..., 0])
+
+
+def test_the_heads_read_a_rectified_layer():
+    check_the_heads_read_a_rectified_layer(rl2)
+
+
+def test_the_layer_goes_red_when_it_is_linear():
+    red(check_the_heads_read_a_rectified_layer, "F.relu(self.lookup", "(self.lookup")
+
+
+def check_the_flag_reaches_the_network(module):  # D9
+    flags = "--num-envs 4 --episodes-per-trial 2 --eval-tasks 5 --total-timesteps 8 --device cpu"
+    for flag, held in (("", False), ("--pair-inputs", True)):
+        with tempfile.TemporaryDirectory() as folder:
+            module.main(f"{flags} {flag} --run-dir {folder}".split())
+            (file,) = Path(folder).glob("*/checkpoint.pt")
+            assert ("lookup.weight" in torch.load(file)["modules"]["agent"]) == held
+
+
+def test_the_flag_reaches_the_network():
+    check_the_flag_reaches_the_network(rl2)
+
+
+def test_the_flag_goes_red_when_it_is_dropped():
+    red(check_the_flag_reaches_the_network, "args.hidden_size, args.pair_inputs", "args.hidden_size")
+
+
 def test_the_heads_go_red_when_they_see_the_memory_alone():
     red(check_the_heads_see_the_input_if_it_holds_pairs, "[memory, x], -1", "[memory, 0 * x], -1")
 
