@@ -65,8 +65,8 @@ RUN
     python maml_trpo.py --evaluate runs/NAME --inner-lr 0.03 --eval-lr-factor 1  # best for the pretrained one
 
 RESULT (held-out tasks after 0, 1, 2, 3 gradient steps; +- a standard error over tasks; one busy core)
-    2D navigation      4.5 M steps, 61 meta-iterations, 5 min, 3 seeds: -38.4, -11.2 +- .8, -5.6 +- .5,
-                       -3.2 +- .2; pretrained with its best step size -38.2, -19.4, -10.0, -7.0; told the
+    2D navigation      4.5 M steps, 61 meta-iterations, 2 min, 3 seeds: -38.4, -11.4 +- .8, -5.8 +- .5,
+                       -3.4 +- .3; pretrained with its best step size -38.2, -19.4, -10.0, -7.0; told the
                        goal -.50; MAML's released runs, 100 meta-iterations: -40.4, -11.7, -3.33, -3.23
     HalfCheetahDir     20 M steps, 18 min, 3 seeds (+- over them): -30, 546 +- 32, 604 +- 19, 617 +- 17; told
                        889; pretrained -1, 8, 37, 68. Its two tasks are trained on
