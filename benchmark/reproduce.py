@@ -176,7 +176,7 @@ ENTRIES = {
     ),
     "maml_cheetah_dir": (
         "maml_trpo.py",
-        f"{CHEETAH_DIR} --eval-lr-factor 0.5",
+        f"{CHEETAH_DIR} --gamma 1 --eval-lr-factor 0.5",
         (1, 2, 3),
         17,
         "paper's simulator -50.7, 293, 313.5, 315.7",
@@ -205,9 +205,9 @@ ENTRIES = {
     ),
     "maml_cheetah_dir_pretrained": (
         "maml_trpo.py",
-        f"{CHEETAH_DIR} --inner-steps 0 --eval-every 100",
+        f"{CHEETAH.format('Dir', 10, 0.95)} --inner-steps 0 --eval-every 100",
         (1,),
-        10,
+        30,
         "below MAML",
     ),
     "maml_cheetah_vel_pretrained": (
