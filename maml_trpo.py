@@ -73,7 +73,8 @@ RESULT (held-out tasks after 0, 1, 2, 3 gradient steps; +- a standard error over
     HalfCheetahVel     20 M steps, 33 min, 20 tasks a meta-batch, 1 seed: -183, -102 +- 8, -77, -68; told
                        -32; pretrained, with steps of .003 -155, -126, -108, -92. Off-policy learners do
                        better there: pearl_sac.py, mtl_contextual.py
-    AntDir             its flags but gamma .99, lambda .95, 4 M steps, 42 min, 1 seed: 6, 73 +- 3, 81, 83
+    AntDir             4 M steps, 42 min, 1 seed, lambda .95, gamma .99, else HalfCheetahDir's flags: 6,
+                       73 +- 3, 81, 83
 """
 
 import contextlib
