@@ -158,6 +158,13 @@ ENTRIES = {
     "rl2_tabular_n25": ("rl2_ppo.py", TABULAR_N25, (1,), 90, "paper 445.7, BEB 442.4"),
     "rl2_gridnavi": ("rl2_ppo.py", GRIDNAVI, (1, 2, 3), 5, "path to the known goal 11.07 an episode"),
     "maml_pointgoal": ("maml_trpo.py", "", (1, 2, 3), 5, "paper -40.4, -11.7, -3.33, -3.23"),
+    "maml_pointgoal_100": (
+        "maml_trpo.py",
+        "--gae-lambda 0.95 --total-timesteps 7400000 --eval-every 10",
+        (1, 2, 3),
+        4,
+        "paper -40.4, -11.7, -3.33, -3.23",
+    ),
     "maml_pointgoal_quarter": (
         "maml_trpo.py",
         "--fisher-fraction 0.25",
