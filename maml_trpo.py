@@ -56,7 +56,7 @@ TRAPS (each has a test that goes red when the trap is put in)
 
 RUN
     python maml_trpo.py                                                 # 2D navigation: 1.6 to 5 minutes
-    python maml_trpo.py --gae-lambda 0.95 --total-timesteps 7400000     # 100 meta-iterations, as in the paper
+    python maml_trpo.py --gae-lambda 0.95 --total-timesteps 7400000     # 104 meta-iterations; the paper's 100
     python maml_trpo.py --inner-steps 0                                 # its "pretrained" baseline
     python maml_trpo.py --inner-steps 0 --oracle                        # its "told" reference line
     python maml_trpo.py --env-id HalfCheetahDir-v0 --num-tasks 10 --inner-lr 0.06 --init-std 0.3 \
@@ -66,8 +66,8 @@ RUN
     python maml_trpo.py --evaluate runs/NAME --inner-lr 0.03 --eval-lr-factor 1  # best for the pretrained one
 
 RESULT (held-out tasks after 0, 1, 2, 3 gradient steps; +- a standard error over tasks; one busy core)
-    2D navigation      4.5 M steps, 61 meta-iterations, 2 min, 3 seeds: -38.4, -11.4 +- .8, -5.8 +- .5,
-                       -3.4 +- .3; 100 meta-iterations with lambda .95, 3 min: -11.0, -4.7, -2.3 +- .2;
+    2D navigation      4.5 M steps, 63 meta-iterations, 2 min, 3 seeds: -38.4, -11.4 +- .8, -5.8 +- .5,
+                       -3.4 +- .3; 104 meta-iterations with lambda .95, 3 min: -11.0, -4.7, -2.3 +- .2;
                        pretrained with its best step size -38.2, -19.4, -10.0, -7.0; told the goal -.50;
                        MAML's released runs, 100 meta-iterations: -40.4, -11.7, -3.33, -3.23
     HalfCheetahDir     20 M steps, 17 min, 3 seeds (+- over them): -25, 576 +- 13, 613 +- 14, 635 +- 16; told
