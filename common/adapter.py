@@ -141,6 +141,7 @@ class AdaptedTasks(TaskVectorEnv):
             self._check_state(self._get_state(self.inner))
         self._state = True
         self._length[:] = 0
+        self._check_finite({"first observation": obs})
         return self._to_torch(obs), {}
 
     def step(self, action):
@@ -177,13 +178,16 @@ class AdaptedTasks(TaskVectorEnv):
 
     def _check_step(self, obs, final_obs, reward, ended):
         """Refuse what would be learned from without a word."""
-        for name, value in {"observation": obs, "last observation": final_obs, "reward": reward}.items():
-            if not np.isfinite(value).all():
-                raise ContractError(f"the inner environment's {name} is not finite")
+        self._check_finite({"observation": obs, "last observation": final_obs, "reward": reward})
         self._steps, self._length = self._steps + 1, self._length + 1
         if self._length.max() > self.horizon:
             raise ContractError(f"an episode of the inner environment went beyond its {self.horizon} steps")
         self._length[ended] = 0
+
+    def _check_finite(self, values):
+        for name, value in values.items():
+            if not np.isfinite(value).all():
+                raise ContractError(f"the inner environment's {name} is not finite")
 
     def _check_goals(self, final_obs, reward, terminated):
         """goals= have to say what the inner environment does, or hindsight learns from something else."""

@@ -247,6 +247,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         wanted = f"float32 [{self.num_envs}, {self.single_observation_space.shape[0]}]"
         if _described(obs) != wanted:
             raise ContractError(f"{type(self).__name__}: _observe gives {_described(obs)}, expected {wanted}")
+        if not bool(obs.isfinite().all()):
+            raise ContractError(f"{type(self).__name__}: an observation is not finite")
 
     def _check_transition(self, obs, reward, terminated, info):
         """Say what a family returns that it may not, before it fails far from here."""

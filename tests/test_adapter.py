@@ -380,6 +380,15 @@ def test_numbers_that_are_not_finite_are_refused_where_they_come_from(bad):
         play(env, 1)
 
 
+def test_a_first_observation_that_is_not_finite_is_refused_at_the_reset():
+    class Broken(Toy):
+        def see(self):
+            return np.array([0.5, np.nan])
+
+    with pytest.raises(common.ContractError, match="environment's first observation is not finite"):
+        adapted(vectorized(Broken), horizon=3).reset()
+
+
 def test_a_misspelt_argument_is_refused_where_it_is_registered():
     with pytest.raises(TypeError, match="horizn"):
         common.register("NeverMade-v0", "CartPole-v1", set_lengths, low=[0.25], high=[1.5], horizn=3)

@@ -710,6 +710,11 @@ def test_first_observations_of_the_wrong_kind_are_refused_at_the_reset(seen, giv
         changed(_observe=seen).reset(seed=1)
 
 
+def test_first_observations_that_are_not_finite_are_refused_at_the_reset():
+    with pytest.raises(common.ContractError, match="Changed: an observation is not finite"):
+        changed(_observe=lambda self, state: state.clone().fill_(torch.nan)).reset(seed=1)
+
+
 def test_task_rows_of_the_wrong_width_are_refused_where_they_are_drawn():
     env = changed(_draw_tasks=lambda self, n, generator: torch.rand(n, 2, generator=generator))
     with pytest.raises(common.ContractError, match=r"_draw_tasks must give \[3, 1\], got \[3, 2\]"):
