@@ -143,7 +143,7 @@ RL2_RUNNING = (
 )
 MAML_RUNNING = (
     "--num-tasks 10 --inner-lr 0.06 --init-std 0.3 --max-kl 0.03 --gae-lambda 0.9 --fisher-fraction 0.25"
-    " --eval-episodes 20 --eval-every 10"
+    " --eval-episodes 20 --eval-every 25"
 )
 PEARL_RUNNING = (
     "--train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5 --context-stride 10 --kl-coef 0.01"
