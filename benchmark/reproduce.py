@@ -142,7 +142,7 @@ RL2_RUNNING = (
     " --entropy-coef 0 --normalize-inputs --eval-every 10"
 )
 MAML_RUNNING = (
-    "--num-tasks 10 --inner-lr 0.06 --init-std 0.3 --max-kl 0.03 --gae-lambda 0.9 --fisher-fraction 0.25"
+    "--num-tasks 10 --inner-lr 0.06 --init-std 0.3 --max-kl 0.03 --gae-lambda 0.95 --fisher-fraction 0.25"
     " --eval-episodes 20 --eval-every 25"
 )
 PEARL_RUNNING = (
