@@ -41,6 +41,7 @@ ALGORITHM  [Alg 1]
 DIFFERS FROM THE PAPER
     D1  Whole episodes are played between bouts of gradient steps, in num_envs environments side by side;
         there, a step and a gradient step alternate, here it is five steps to one, on BrokenReacher fourteen.
+        A batch has as many transitions of each environment, and the target is played in the warm-up, too.
     D2  The classifier of (s, a, s') reads s' - s as well: the same information, and what domains differ in.
     D3  The logits of (s, a, s') are those of (s, a) plus a network's, which is the correction itself. So are
         the paper's, whose gradient goes through both networks; here those of (s, a) are held fixed in it, and
@@ -159,10 +160,10 @@ class Args:
     target_in_sac: bool = False  # let as many target transitions into SAC's batch as well, as they are
     warmup_steps: int = 5000  # source steps in which SAC learns from r alone; the classifiers train already
     input_noise: float = 0.1  # deviation of the noise on the classifiers' normalised inputs, in training
-    decay: float = 0.001  # weight of the squared correction in the classifiers' loss [D5]
+    decay: float = 0.001  # weight of the squared correction in the classifiers' loss; no schedule [D5]
     num_envs: int = 16  # episodes that are played side by side
     updates_per_step: float = 0.2  # gradient steps per source step (--method target: per target step)
-    batch_size: int = 256  # transitions of a batch, as many of each environment [D1]
+    batch_size: int = 256  # transitions of a batch, as many of each of the num_envs environments [D1]
     replay_episodes: int = 500  # episodes that are kept for each environment
     hidden_size: int = 128  # width of the hidden layers of all networks [D7]
     hidden_layers: int = 2  # how many there are in each network [D7]
@@ -921,12 +922,17 @@ def make_domains(args, num_envs, device, seeds):
         require(one == two, "target_env_id", args.target_env_id, expected)
     most = target.num_test_tasks
     require(num_envs <= most, "num_envs", num_envs, f"at most {most}, the target's held-out tasks")
-    source.set_tasks(source.sample_tasks(num_envs))
-    target.set_tasks(target.sample_tasks(num_envs, split="test"))  # from here on, in every episode
+    tasks = {"source": source.sample_tasks(num_envs), "target": target.sample_tasks(num_envs, split="test")}
+    for name, env in envs.items():
+        if not args.target_env_id:
+            own = bool((tasks[name].cpu() == env.named_tasks[name].cpu()).all())
+            where = "sample_tasks" if name == "source" else 'split="test"'
+            require(own, "env_id", args.env_id, f"a pair whose {where} gives the task named {name}")
+        env.set_tasks(tasks[name])  # from here on, in every episode
     return envs
 
 
-def print_domains(envs, metrics):
+def print_domains(envs, metrics, source_steps, args):
     """Both domains side by side, and what the classifiers hold against the source's steps."""
     for name, env in envs.items():
         solved = f", success {metrics[f'eval/success_{name}']:.3f}" if env.has_success else ""
@@ -935,6 +941,8 @@ def print_domains(envs, metrics):
         quantiles = ", ".join(f"{metrics[f'eval/correction_q{percent}']:.2f}" for percent in (5, 50, 95))
         mean = metrics["eval/correction_mean"]
         print(f"delta r of the source's steps: mean {mean:.3f}; 5, 50, 95 %: {quantiles}")
+    if args.method in CLASSIFYING and source_steps < args.warmup_steps:
+        print(f"{source_steps} steps in the source are still warm-up: no reward or weight was corrected")
 
 
 def main(argv=None):
@@ -960,7 +968,7 @@ def main(argv=None):
         restore(checkpoint, {"agent": agent})
         report = evaluate(agent, eval_envs, act_fn, args)
         print_report(eval_envs["target"], report, eval_tasks, "episode")
-        print_domains(eval_envs, report)
+        print_domains(eval_envs, report, int(agent.steps[0]), args)
         return
 
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True)
@@ -1010,7 +1018,7 @@ def main(argv=None):
         run["wandb"].finish()
     report = report or evaluate(agent, eval_envs, act_fn, args)
     print_report(eval_envs["target"], report, eval_tasks, "episode")
-    print_domains(eval_envs, report)
+    print_domains(eval_envs, report, int(agent.steps[0]), args)
     print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
 
 

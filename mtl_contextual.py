@@ -874,13 +874,16 @@ def print_report(env, metrics, num_tasks, stage):
 # ================================ 7. Main ================================
 
 
-def check_contextual(args):
+def check_contextual(args, checkpoint=None):
     """Check the flags of this script, except for what depends on the environment."""
     positive = "train_tasks episodes_per_task num_tasks batch_size replay_episodes her_k hidden_size"
     positive += " hidden_layers eval_episodes updates_per_step lr alpha"
     for name in positive.split():
         require(0 < getattr(args, name) < math.inf, name, getattr(args, name), "a positive number")
     require(args.eval_tasks >= 0, "eval_tasks", args.eval_tasks, "zero or a positive number")
+    was = checkpoint["args"]["context"] if checkpoint else args.context  # another row may be as wide
+    same = args.context == was or {args.context, was} == {"task", "goal"}
+    require(same, "context", args.context, f"{was}, which is what this policy was trained with")
     require(0 <= args.gamma < 1, "gamma", args.gamma, "at least 0 and below 1")
     require(0 < args.tau <= 1, "tau", args.tau, "more than 0, at most 1")
     for name, allowed in (("context", "task onehot goal none"), ("her", "none final future")):
@@ -936,7 +939,7 @@ def print_named(env, metrics):
 def main(argv=None):
     args, checkpoint = parse_args(Args, argv)
     device = check_experiment(args)
-    check_contextual(args)
+    check_contextual(args, checkpoint)
     torch.manual_seed(args.seed)
 
     env = make_env(args.env_id, 1 if args.evaluate else args.train_tasks, device, args.seed)

@@ -10,7 +10,8 @@ THE IDEA
     On a new task z is drawn from the prior, acted upon for a whole episode, the belief sharpened with what
     happened, z drawn again. As in Thompson sampling, exploring is acting well on a task that may be the case.
     Inference is apart from control, so control can be soft actor-critic, which goes on learning from old
-    data: far fewer environment steps than RL^2 and MAML, which throw theirs away after an update.
+    data, where RL^2 and MAML throw theirs away after an update: in the paper, and here on HalfCheetahVel,
+    far fewer environment steps than they need.
 
 ALGORITHM
     repeat
@@ -77,7 +78,8 @@ RUN
         --no-autotune --alpha 1 --reward-scale 5 --updates-per-step 0.4 --replay-episodes 300 \
         --context transitions --context-data prior --context-stride 4 --no-context-next-obs \
         --episodes-per-task 4 --prior-episodes 2 --context-episodes 2 --total-timesteps 2500000 \
-        --eval-tasks 30 --save-every 5     # close to the released code; not run to its end by us
+        --eval-tasks 30 --save-every 5     # close to the released code, but for its penalties on the policy's
+                                           # outputs (.001 of their squares); not run to its end by us
 
 RESULT (held-out tasks by episode, the first is eval/return_ep0; +- a standard error over tasks; flags in RUN
         or, for SparsePointGoal, HalfCheetahDir and 4,000 tasks, in benchmark/reproduce.py)

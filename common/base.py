@@ -67,6 +67,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             _start() -> state [B, ...]                    a fresh start for every environment of the batch
             _transition(state, action) -> (next_state, reward [B], terminated [B] or None, info)
             _observe(state) -> obs [B, obs]               a new tensor, which the caller may overwrite
+    The reward is a new tensor, too. info["dense_reward"] [B], where there is one, is what PEARL, contextual
+    policies and DARC are trained on; evaluation counts the reward.
 
     Autoreset is SAME_STEP: where an episode ends, obs is already the next episode's first observation, and
     info["final_obs"] (always there, always full, never the same memory as obs) is the true last one. Only
@@ -110,6 +112,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self._next_task = None  # [B, task_dim], what set_tasks has announced for the next reset
         self._state = None  # whatever _start returns
         self._clock = 0  # steps since the last reset()
+        self._given = None  # between the first two steps, what the first one returned
         self._deadline = None  # int64 [B], the clock at which each episode is cut; only if `terminates`
 
     # ---- tasks
@@ -127,6 +130,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             tasks = self._checked_tasks(
                 self._draw_test_tasks(generator), self.num_test_tasks, "the held-out set must be"
             )
+            if not torch.equal(tasks, self._draw_test_tasks(torch.Generator().manual_seed(TEST_SEED))):
+                raise ContractError(f"{type(self).__name__}: tasks must be drawn from the generator alone")
             self._test_tasks = tasks.to(self.device)
         return self._test_tasks[:n].clone()
 
@@ -155,6 +160,9 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         final_obs = self._observe(state)
         if self._clock == 1:
             self._check_transition(final_obs, reward, terminated, info)
+            self._given = (final_obs, reward)  # held, so that what comes next cannot get the same memory
+        elif self._given is not None:
+            self._check_memory(final_obs, reward)
         if terminated is None:
             some_ended = self._clock % self.horizon == 0
             terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
@@ -264,6 +272,24 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             raise ContractError(f"{name}: terminated is [{self.num_envs}] bool, got {given}")
         if self.has_success and "success" not in info:
             raise ContractError(f"{name}: has_success is True, and info has no success")
+        if _described(info.get("dense_reward", reward)) != _described(reward):
+            raise ContractError(
+                f"{name}: dense_reward is like reward, got {_described(info['dense_reward'])}"
+            )
+        if self.goal_space is not None:
+            achieved = self.achieved_goal(obs)
+            pays, ends = (f(achieved, self._task) for f in (self.compute_reward, self.compute_terminated))
+            ended = torch.zeros_like(ends) if terminated is None else terminated
+            if pays.shape != reward.shape or not torch.allclose(pays, reward, rtol=1e-3, atol=1e-4):
+                raise ContractError(f"{name}: compute_reward does not give the rewards of its steps")
+            if not torch.equal(ends, ended):
+                raise ContractError(f"{name}: compute_terminated does not end its episodes")
+
+    def _check_memory(self, *given):
+        for what, old, new in zip(("_observe", "the reward"), self._given, given, strict=True):
+            if old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr():
+                raise ContractError(f"{type(self).__name__}: {what} must be a new tensor at every step")
+        self._given = None
 
     def _require_reset(self):
         if self._state is None or self._next_task is not None:

@@ -1,6 +1,7 @@
 """What every task distribution promises, and each family against a naive version of its definition."""
 
 import collections
+import contextlib
 import importlib.util
 import inspect
 import sys
@@ -657,6 +658,58 @@ def test_what_a_family_may_not_return_is_said_at_its_first_step(returned, messag
     env.reset(seed=1)
     with pytest.raises(ValueError, match=f"Changed: {message}"):
         env.step(torch.zeros(2, 1))
+
+
+def test_a_dense_reward_is_like_the_reward():
+    step = (torch.zeros(2, 2), torch.zeros(2), None, {"dense_reward": torch.zeros(2, 1)})
+    env = changed(_transition=lambda self, state, action: step)
+    env.reset(seed=1)
+    with pytest.raises(common.ContractError, match=r"dense_reward is like reward, got float32 \[2, 1\]"):
+        env.step(torch.zeros(2, 1))
+
+
+def test_memory_that_is_used_again_is_refused_before_anything_is_learned_from_it():
+    kept, reward = torch.zeros(2, 2), torch.zeros(2)
+    same_obs = {"_observe": lambda self, state: state, "_start": lambda self: kept}
+    same_obs["_transition"] = lambda self, state, action: (state.add_(1), torch.zeros(2), None, {})
+    same_reward = {"_transition": lambda self, state, action: (state + 1, reward.add_(1), None, {})}
+    for names, what in ((same_obs, "_observe"), (same_reward, "the reward")):
+        env = changed(**names)
+        env.reset(seed=1), env.step(torch.zeros(2, 1))
+        with pytest.raises(common.ContractError, match=f"{what} must be a new tensor at every step"):
+            env.step(torch.zeros(2, 1))
+    env = changed()
+    env.reset(seed=1), env.step(torch.zeros(2, 1))
+    other = changed()
+    other.load_state_dict(env.state_dict())  # resumed between the two steps that are compared
+    other.step(torch.zeros(2, 1))
+
+
+def test_held_out_tasks_come_from_their_generator_alone():
+    env = changed(_draw_tasks=lambda self, n, generator: torch.rand(n, 1))
+    with pytest.raises(common.ContractError, match="Changed: tasks must be drawn from the generator alone"):
+        env.sample_tasks(2, split="test")
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "message"),
+    [
+        ("compute_reward", lambda self, achieved, goal: (achieved[..., 0] - 1).abs(), "rewards of its steps"),
+        ("compute_terminated", lambda self, achieved, goal: achieved[..., 0] < 9, "end its episodes"),
+    ],
+)
+def test_a_subclass_whose_goals_say_something_else_than_it_does_is_refused(name, function, message):
+    goals = {
+        "goal_space": box(0, 1, (1,)),
+        "achieved_goal": lambda self, obs: obs[..., :1],
+        "compute_reward": lambda self, achieved, goal: -(achieved[..., 0] - 1).abs(),
+        "compute_terminated": lambda self, achieved, goal: torch.zeros_like(achieved[..., 0]).bool(),
+    }
+    for right in (True, False):
+        env = changed(**{**goals, **({} if right else {name: function})})
+        env.reset(seed=1)
+        with contextlib.nullcontext() if right else pytest.raises(common.ContractError, match=message):
+            env.step(torch.ones(2, 1))
 
 
 def test_success_and_ends_have_to_be_given_as_they_were_announced():

@@ -23,6 +23,7 @@ from sac_checks import (
 )
 
 import common
+from common import pairs
 
 darc = script("darc_offdynamics")
 LN2 = math.log(2)
@@ -36,8 +37,9 @@ def small_args(module, **changes):
 def red(check, old, new, *more):
     """The check passes as shipped and fails once the trap is put in."""
     check(darc)
+    broken = mutant("darc_offdynamics", old, new, *more)  # outside: a text that is no longer there is no trap
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
-        check(mutant("darc_offdynamics", old, new, *more))
+        check(broken)
 
 
 def make_agent(module, args, obs_dim=2, space=BOX, seed=0):
@@ -376,6 +378,20 @@ def test_adapting_corrects_the_reward_or_weighs_or_does_neither():
         close(batch["weight"], delta.exp().clamp(max=darc.MAX_WEIGHT) if weighed else torch.ones(N, M), 1e-6)
 
 
+def check_no_weight_is_above_ten(module):
+    agent = make_agent(module, small_args(module))
+    torch.nn.init.constant_(agent.classifiers.sas[-1].bias, 0)
+    with torch.no_grad():
+        agent.classifiers.sas[-1].bias[1] = 20  # surely of the target
+    args = small_args(module, method="importance_weighting")
+    batch = module.adapt(agent.classifiers, make_batch(0), make_batch(1), True, args)
+    assert batch["correction"].min() > 3 and (batch["weight"] == 10).all()
+
+
+def test_no_weight_is_above_ten():  # D6
+    red(check_no_weight_is_above_ten, "delta.exp().clamp(max=MAX_WEIGHT)", "delta.exp()")
+
+
 def test_the_targets_transitions_may_enter_sac_as_they_are():
     source, target = make_batch(0), make_batch(1)
     agent = make_agent(darc, small_args(darc))
@@ -588,9 +604,25 @@ def check_domains_are_what_they_are_called(module):
 
 
 def test_domains_are_what_they_are_called():
-    trap = 'target.set_tasks(target.sample_tasks(num_envs, split="train"))'
-    shipped = 'target.set_tasks(target.sample_tasks(num_envs, split="test"))'
-    red(check_domains_are_what_they_are_called, shipped, trap)
+    trap, shipped = (
+        '"target": target.sample_tasks(num_envs)}',
+        '"target": target.sample_tasks(num_envs, split="test")}',
+    )
+    unchecked = "if not args.target_env_id:", "if False:"
+    red(check_domains_are_what_they_are_called, shipped, trap, *unchecked)
+
+
+@pytest.mark.parametrize(("hook", "name"), [("_draw_tasks", "source"), ("_draw_test_tasks", "target")])
+def test_a_pair_whose_names_are_not_what_is_played_is_refused(hook, name, monkeypatch):
+    draw = {  # each gives what the other should
+        "_draw_tasks": lambda self, n, generator, name="": self.named_tasks["target"].expand(n, -1).clone(),
+        "_draw_test_tasks": lambda self, generator: (
+            self.named_tasks["source"].expand(self.num_test_tasks, -1).clone()
+        ),
+    }
+    monkeypatch.setattr(pairs.Pair, hook, draw[hook])
+    with pytest.raises(SystemExit, match=f"a pair whose .* gives the task named {name}"):
+        darc.make_domains(small_args(darc), 3, torch.device("cpu"), (0, 1))
 
 
 def check_success_of_any_step_counts(module):

@@ -40,8 +40,9 @@ def small_args(module, **changes):
 def red(check, old, new, *more):
     """The check passes as shipped and fails once the trap is put in."""
     check(mtl)
+    broken = mutant("mtl_contextual", old, new, *more)  # outside: a text that is no longer there is no trap
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
-        check(mutant("mtl_contextual", old, new, *more))
+        check(broken)
 
 
 def make_agent(module, args, tasks=None, obs_dim=2, space=BOX, seed=0):
@@ -91,6 +92,9 @@ def test_what_a_number_means_is_kept_with_the_agent(tmp_path):
     (run,) = tmp_path.iterdir()
     saved = mtl.load_checkpoint(run)["modules"]["agent"]
     assert torch.equal(saved["tasks"], torch.eye(3))
+    mtl.main(["--evaluate", str(run)])
+    with pytest.raises(SystemExit, match="--context task: expected onehot, which is what this policy was"):
+        mtl.main(["--evaluate", str(run), "--context", "task"])  # as wide, and another order
 
 
 # ---- networks
