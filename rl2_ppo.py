@@ -77,8 +77,8 @@ RESULT (held-out tasks; +- a standard error over tasks; minutes of one busy core
                        exploring (BEB) 152.3, the paper 156.2
     Bandit5, n = 100   115 M steps, 44 min, 1 seed: 78.31 +- .17; players that know the prior: the index of
                        what is left of the trial 78.6, Gittins index 78.5 (both +- .15), the paper 78.7
-    HalfCheetahVel     10 M steps, 30 min, 1 seed: -102 +- 6 and -103 +- 7 in episodes 1 and 2; one speed for
-                       all tasks -169, told -23
+    HalfCheetahVel     10 M steps, 25 min, 2 seeds: -102, -91 +- 8 in episode 1 and -103, -90 +- 9 in episode
+                       2; one speed for all tasks -169, told -23
 """
 
 import contextlib
