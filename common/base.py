@@ -160,7 +160,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         final_obs = self._observe(state)
         if self._clock == 1:
             self._check_transition(final_obs, reward, terminated, info)
-            self._given = (final_obs, reward)  # held, so that what comes next cannot get the same memory
+            self._given = [(x, x.clone()) for x in (final_obs, reward)]  # held: its memory is not free
         elif self._given is not None:
             self._check_memory(final_obs, reward)
         if terminated is None:
@@ -286,8 +286,9 @@ class TaskVectorEnv(gym.vector.VectorEnv):
                 raise ContractError(f"{name}: compute_terminated does not end its episodes")
 
     def _check_memory(self, *given):
-        for what, old, new in zip(("_observe", "the reward"), self._given, given, strict=True):
-            if old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr():
+        for what, (old, copy), new in zip(("_observe", "the reward"), self._given, given, strict=True):
+            same = old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
+            if same and not torch.equal(old, copy):  # what was handed out has been written over
                 raise ContractError(f"{type(self).__name__}: {what} must be a new tensor at every step")
         self._given = None
 

@@ -683,6 +683,10 @@ def test_memory_that_is_used_again_is_refused_before_anything_is_learned_from_it
     other = changed()
     other.load_state_dict(env.state_dict())  # resumed between the two steps that are compared
     other.step(torch.zeros(2, 1))
+    constant = changed(_transition=lambda self, state, action: (state + 1, reward, None, {}))
+    constant.reset(seed=1)
+    for _ in range(3):
+        constant.step(torch.zeros(2, 1))  # the same tensor, but nobody writes into it
 
 
 def test_held_out_tasks_come_from_their_generator_alone():
