@@ -64,7 +64,7 @@ DIFFERS FROM THE PAPER
         and a temperature that is learned, what a nat costs is a choice: correction_scale, which the released
         code has, too. Where steps earn a tenth, errors of a tenth of a nat decide everything at 1.
 
-TRAPS (each has a test, which goes red when the trap is put in; that of T12, a trap of the theory, shows it)
+TRAPS (each has a test that goes red when the trap is put in)
     T1  A softmax on top of a softmax, as where a loss that takes logits is given probabilities: the
         correction gets a wrong slope, and nothing else looks wrong.
     T2  Twin critics that are copies of one another: they stay equal, and the minimum of two is one.
@@ -83,7 +83,7 @@ TRAPS (each has a test, which goes red when the trap is put in; that of T12, a t
     T12 Chance. Where outcomes are drawn, r + delta r is a lower bound, not the target's reward: on average
         delta r costs KL(source || target) of the next state, whichever of the two is the kinder, so a risky
         action that is right in the target may be left alone, and where bodies fall, falling soon may pay.
-        That is the theory, not an error.
+        That is the theory, not an error; its test shows it.
 
 RUN
     python darc_offdynamics.py                                          # a wall: two minutes
@@ -164,7 +164,7 @@ class Args:
     num_envs: int = 16  # episodes that are played side by side
     updates_per_step: float = 0.2  # gradient steps per source step (--method target: per target step)
     batch_size: int = 256  # transitions of a batch, as many of each of the num_envs environments [D1]
-    replay_episodes: int = 500  # episodes that are kept for each environment
+    replay_episodes: int = 500  # episodes that an environment's ring holds
     hidden_size: int = 128  # width of the hidden layers of all networks [D7]
     hidden_layers: int = 2  # how many there are in each network [D7]
     lr: float = 5e-4  # Adam's step size, of all networks
@@ -355,7 +355,7 @@ def rollout(agent, act_fn, env, seed=None, deterministic=False):
     no_success = torch.zeros_like(valid)
     observations, steps = [obs], []
     for step in range(env.horizon):
-        if env.terminates and step % 10 == 0:
+        if env.terminates and step % 10 == 0:  # seldom, as looking means waiting for a GPU
             if not bool(valid.any()):
                 break  # every episode is over
             env.rest(valid == 0)  # what follows an episode is no data: MuJoCo need not simulate it
@@ -570,7 +570,7 @@ def darc_step(agent, optimizer, source, target, correcting, args):
 def update(agent, optimizer, step_fn, replays, count, correcting, args):
     """count gradient steps, each on batches of their own. Returns the mean of their metrics."""
     sums = {}
-    needed = {"source": ("source",), "target": ("target",)}.get(args.method, ("source", "target"))
+    needed = ("source", "target") if args.method in CLASSIFYING else (args.method,)
     for _ in range(count):
         source, target = (draw_domain(replays[name], args) if name in needed else None for name in replays)
         metrics = step_fn(agent, optimizer, source, target, correcting, args)
@@ -638,8 +638,8 @@ def evaluate(agent, envs, act_fn, args):
             metrics[f"eval/return_{name}"] = float(returns.mean())
             if env.has_success:
                 metrics[f"eval/success_{name}"] = float(success.mean())
-            learned = bool(agent.steps.all())  # of a run of another method nothing may have been
-            if name == "source" and args.method in CLASSIFYING and learned:
+            both_played = bool(agent.steps.all())  # no classifier was trained by --method source or target
+            if name == "source" and args.method in CLASSIFYING and both_played:
                 transitions = [torch.cat(parts) for parts in zip(*map(transitions_of, episodes), strict=True)]
                 delta = reward_correction(agent.classifiers, *transitions).sort().values
                 metrics["eval/correction_mean"] = float(delta.mean())
@@ -785,7 +785,7 @@ def restore(checkpoint, modules):
 
 
 def start_run(args, checkpoint):
-    """Make (to resume: reopen) the run folder and its log. Returns folder, log, wandb, wandb_id, unsent."""
+    """Make (to resume: reopen) run folder and log. Returns a dict: folder, log, wandb, wandb_id, unsent."""
     stamp = f"{SCRIPT}__{args.env_id}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.run_dir) / re.sub(r"[^\w.-]", ".", stamp)
     folder = folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
@@ -885,7 +885,7 @@ def print_report(env, metrics, num_tasks, stage):
 # ================================ 7. Main ================================
 
 
-def check_offdynamics(args):
+def check_darc(args):
     """Check the flags of this script, except for what depends on the environment."""
     positive = "num_envs updates_per_step batch_size replay_episodes hidden_size hidden_layers lr"
     positive += " reward_scale alpha eval_episodes"
@@ -948,19 +948,19 @@ def print_domains(envs, metrics, source_steps, args):
 def main(argv=None):
     args, checkpoint = parse_args(Args, argv)
     device = check_experiment(args)
-    check_offdynamics(args)
+    check_darc(args)
     torch.manual_seed(args.seed)
 
     num_envs = 1 if args.evaluate else args.num_envs
-    envs = make_domains(args, num_envs, device, (args.seed, 2**30 - 1 - args.seed))
+    envs = make_domains(args, num_envs, device, (args.seed, 2**30 - 1 - args.seed))  # seeds that differ
     held_out = envs["target"].num_test_tasks
     eval_tasks = args.eval_tasks or min(1_000, held_out)
     require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
     eval_envs = make_domains(args, eval_tasks, device, (0, 0))
     env = envs["source"]
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
-    continuous = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
-    require(continuous, "env_id", args.env_id, "a task distribution with continuous actions between bounds")
+    continuous = isinstance(action_space, gym.spaces.Box)
+    require(continuous, "env_id", args.env_id, "a task distribution with continuous actions")
     agent = make_domain_agent(obs_dim, action_space, args).to(device)
     act_fn = torch.compile(sample_action) if args.compile else sample_action
     step_fn = torch.compile(darc_step) if args.compile else darc_step

@@ -192,7 +192,7 @@ class TanhPolicy(nn.Module):
         return (x,) if self.discrete else (x, self.log_std)
 
     def distribution(self, output):
-        """forward's output -> distribution over states."""
+        """forward's output -> the distributions of actions, one for each state."""
         if self.discrete:
             return Categorical(logits=output[0], validate_args=False)
         mean, log_std = output
@@ -244,7 +244,7 @@ def rollout(policy, act_fn, env, models, seed=None, deterministic=False, record=
     no_success = torch.zeros_like(valid)
     steps = []
     for step in range(env.horizon):
-        if env.terminates and step % 10 == 0:
+        if env.terminates and step % 10 == 0:  # seldom, as looking means waiting for a GPU
             if not bool(valid.any()):
                 break  # every episode is over
             env.rest(valid == 0)  # what follows an episode is no data: MuJoCo need not simulate it
@@ -337,7 +337,7 @@ def select(episodes, chosen):
     inside = episodes["valid"] > 0  # T4
     batch = {name: x[inside] for name, x in episodes.items()}
     std, mean = torch.std_mean(batch["advantage"], correction=0)
-    batch["advantage"] = (batch["advantage"] - mean) / (std + 1e-8)  # no signal: noise of full size
+    batch["advantage"] = (batch["advantage"] - mean) / (std + 1e-8)  # equal returns: rounding, at size 1
     return {**batch, "weight": torch.ones_like(batch["advantage"])}
 
 
@@ -347,7 +347,7 @@ FISHER_STEPS = 1000  # at least so many of a batch, if it has them: fewer leave 
 
 
 def surrogate_loss(policy, output, batch):
-    """-mean (pi / pi_played) A_t, a mean over steps by their weight, with pi_played's policy gradient.
+    """-mean (pi / pi_played) A_t over steps by their weight; at pi_played its gradient is minus the policy's.
 
     output: of the policy in the batch's states; batch: action, logprob, advantage, weight. [TRPO Eq 14]
     """
@@ -357,7 +357,7 @@ def surrogate_loss(policy, output, batch):
 
 
 def mean_kl(policy, output, old_output, batch):
-    """Mean of KL(pi_old || pi) over the batch's steps by their weight, of the policies that play."""
+    """Mean of KL(pi_old || pi) over the batch's steps by their weight."""
     kl = kl_divergence(policy.distribution(old_output), policy.distribution(output))
     return (batch["weight"] * kl).sum() / batch["weight"].sum()
 
@@ -479,8 +479,8 @@ def log_likelihood(env, particles, played, noise):
     s' ~ N(simulate(model, s, a), (noise * spread)^2), spread: how much an entry of the state changes in a
     step, root mean square.
     particles: [P, task_dim]; played: a dict of state, next_state [M, state] and action [M, act], as the
-    environment got it. Returns [P] in float64; not finite where a simulation failed. There is no prior in it,
-    as the particles are draws from it.
+    environment got it. Returns [P] in float64; not finite where a simulation failed. No prior is added, as
+    the particles are draws from it.
     """
     state, action, after = (played[name] for name in ("state", "action", "next_state"))
     rows = particles.repeat_interleave(len(state), 0)
@@ -501,9 +501,9 @@ def effective_sample_size(weights):
 
 
 def tempered_weights(log_weights, min_ess):
-    """exp(beta log_weights), normalised, beta the largest number to 1 that leaves a share effective. [D5]
+    """exp(beta log_weights), normalised, with the largest beta up to 1 by which a share stays effective. [D5]
 
-    log_weights: [P]; a particle whose own is not finite gets nothing. min_ess: the share, of the others.
+    log_weights: [P]; where one is not finite its particle gets nothing. min_ess: the share, of the others.
     Returns weights [P], beta.
     """
     known = log_weights.isfinite()
@@ -749,7 +749,7 @@ def restore(checkpoint, modules):
 
 
 def start_run(args, checkpoint):
-    """Make (to resume: reopen) the run folder and its log. Returns folder, log, wandb, wandb_id, unsent."""
+    """Make (to resume: reopen) run folder and log. Returns a dict: folder, log, wandb, wandb_id, unsent."""
     stamp = f"{SCRIPT}__{args.env_id}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.run_dir) / re.sub(r"[^\w.-]", ".", stamp)
     folder = folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
@@ -959,7 +959,7 @@ def main(argv=None):
 
     env = make_env(args.env_id, 1 if args.evaluate else args.num_models, device, args.seed)
     set_ensemble(env, args)
-    models, groups = held_out_models(env, args)
+    models, groups = held_out_models(env, args)  # the last of them is the target, if there is one
     target_env = make_env(args.env_id, args.target_episodes, device, args.seed)
     set_ensemble(target_env, args)  # it is from this one that a round takes the limits of a model
     eval_env = make_env(args.env_id, len(models) * args.eval_episodes, device, seed=0)

@@ -65,18 +65,19 @@ RUN
     python maml_trpo.py --evaluate runs/NAME --inner-steps 10           # ten gradient steps on new tasks
     python maml_trpo.py --evaluate runs/NAME --inner-lr 0.03 --eval-lr-factor 1  # best for the pretrained one
 
-RESULT (held-out tasks after 0, 1, 2, 3 gradient steps; +- a standard error over tasks; one busy core)
-    2D navigation      4.5 M steps, 63 meta-iterations, 2 min, 3 seeds: -38.4, -11.4 +- .8, -5.8 +- .5,
-                       -3.4 +- .3; 104 meta-iterations with lambda .95, 3 min: -11.0, -4.7, -2.3 +- .2;
+RESULT (held-out tasks after 0, 1, 2, 3 gradient steps; +- a 95 % interval, over seeds where there are three,
+        else over tasks; minutes of one busy core)
+    2D navigation      4.5 M steps, 63 meta-iterations, 2 min, 3 seeds: -38.4, -11.4 +- 1.8, -5.8 +- 1.0,
+                       -3.4 +- 1.4; 104 meta-iterations with lambda .95, 3 min: -11.0, -4.7, -2.3 +- .6;
                        pretrained with its best step size -38.2, -19.4, -10.0, -7.0; told the goal -.50;
                        MAML's released runs, 100 meta-iterations: -40.4, -11.7, -3.33, -3.23
-    HalfCheetahDir     20 M steps, 17 min, 3 seeds (+- over them): -25, 576 +- 13, 613 +- 14, 635 +- 16; told
-                       (gamma .99) 889; pretrained -1, 8, 37, 68. Its two tasks are trained on
-    HalfCheetahVel     20 M steps, 33 min, 20 tasks a meta-batch, 1 seed: -183, -102 +- 8, -77, -68; told
+    HalfCheetahDir     20 M steps, 17 min, 3 seeds: -25, 576 +- 55, 613 +- 61, 635 +- 68; told (gamma
+                       .99) 889; pretrained -1, 8, 37, 68. Its two tasks are trained on
+    HalfCheetahVel     20 M steps, 33 min, 20 tasks a meta-batch, 1 seed: -183, -102 +- 16, -77, -68; told
                        -32; pretrained, with steps of .003 -155, -126, -108, -92. Off-policy learners do
                        better there: pearl_sac.py, mtl_contextual.py
     AntDir             4 M steps, 42 min, 1 seed, lambda .95, gamma .99, else HalfCheetahDir's flags: 6,
-                       73 +- 3, 81, 83
+                       73 +- 5, 81, 83
 """
 
 import contextlib
@@ -175,7 +176,7 @@ class Policy(nn.Module):
         return (x,) if self.discrete else (x, phi[6].view(len(obs), *[1] * (obs.dim() - 2), -1))
 
     def distribution(self, output):
-        """forward's output -> distribution over states."""
+        """forward's output -> the distributions of actions, one for each state."""
         if self.discrete:
             return Categorical(logits=output[0], validate_args=False)
         mean, log_std = output
@@ -218,7 +219,7 @@ def rollout(policy, act_fn, env, tasks, phi, oracle, seed=None):
     no_success = torch.zeros_like(valid)
     steps = []
     for step in range(env.horizon):
-        if env.terminates and step % 10 == 0:
+        if env.terminates and step % 10 == 0:  # seldom, as looking means waiting for a GPU
             if not bool(valid.any()):
                 break  # every episode is over
             env.rest(valid == 0)  # what follows an episode is no data: MuJoCo need not simulate it
@@ -286,8 +287,7 @@ def add_advantage(episodes, gamma, gae_lambda):
     weight = valid / valid.sum((0, 2), keepdim=True)
     mean = (advantage * weight).sum((0, 2), keepdim=True)
     std = ((advantage - mean) ** 2 * weight).sum((0, 2), keepdim=True).sqrt()
-    # where all returns are equal, what is left of rounding is blown up to size 1
-    advantage = (advantage - mean) / (std + 1e-8) * valid
+    advantage = (advantage - mean) / (std + 1e-8) * valid  # equal returns: rounding, at size 1
     batch = {**episodes, "value": value, "ret": ret, "advantage": advantage, "weight": weight}
     return {name: x.transpose(0, 1).contiguous() for name, x in batch.items()}
 
@@ -325,7 +325,7 @@ def inner_step(policy, phi, batch, step_size, args, create_graph=False):
     """
     logprob = policy.distribution(policy(batch["obs"], phi)).log_prob(batch["action"])  # [N, T, E]
     fixed = (batch[name] for name in ("logprob", "advantage", "weight"))
-    loss = inner_loss(logprob, *fixed, args.inner_objective).sum()  # no task has a weight in another's policy
+    loss = inner_loss(logprob, *fixed, args.inner_objective).sum()  # tasks share no weights in phi: no mixing
     differentiable = create_graph and not args.first_order  # T5
     grads = torch.autograd.grad(loss, phi, create_graph=differentiable)
     return [p - step_size * grad for p, grad in zip(phi, grads, strict=True)]
@@ -343,7 +343,7 @@ def adapted_output(policy, inner, outer, args, create_graph=True):
 
 
 def surrogate_loss(policy, output, batch):
-    """-mean (pi / pi_played) A_t, a mean over steps by their weight, with pi_played's policy gradient.
+    """-mean (pi / pi_played) A_t over steps by their weight; at pi_played its gradient is minus the policy's.
 
     output: of the policy in the batch's states; batch: action, logprob, advantage, weight. [TRPO Eq 14]
     """
@@ -353,7 +353,7 @@ def surrogate_loss(policy, output, batch):
 
 
 def mean_kl(policy, output, old_output, batch):
-    """Mean of KL(pi_old || pi) over the batch's steps by their weight, of the policies that play."""
+    """Mean of KL(pi_old || pi) over the batch's steps by their weight."""
     kl = kl_divergence(policy.distribution(old_output), policy.distribution(output))
     return (batch["weight"] * kl).sum() / batch["weight"].sum()
 
@@ -668,7 +668,7 @@ def restore(checkpoint, modules):
 
 
 def start_run(args, checkpoint):
-    """Make (to resume: reopen) the run folder and its log. Returns folder, log, wandb, wandb_id, unsent."""
+    """Make (to resume: reopen) run folder and log. Returns a dict: folder, log, wandb, wandb_id, unsent."""
     stamp = f"{SCRIPT}__{args.env_id}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.run_dir) / re.sub(r"[^\w.-]", ".", stamp)
     folder = folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder

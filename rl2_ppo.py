@@ -19,6 +19,7 @@ ALGORITHM
               delta_t = r_t + gamma V_{t+1} - V_t                                                  [GAE Eq 11]
         in minibatches of whole trials:
             maximise E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)], rho = pi / pi_old               [PPO Eq 7]
+                - c (V - (A + V_old))^2 + a small bonus for entropy                                [PPO Eq 9]
     on a new task: play. Nothing is trained.
     GAE: Schulman et al. 2016, arXiv:1506.02438. PPO: Schulman et al. 2017, arXiv:1707.06347.
 
@@ -65,20 +66,20 @@ RUN
         --lr 0.003 --gamma 0.97 --gae-lambda 0.9 --entropy-coef 0 --normalize-inputs --eval-tasks 100 \
         --eval-every 10 --total-timesteps 10000000       # a body that moves
 
-RESULT (held-out tasks; +- a standard error over tasks; minutes of one busy core, two quiet ones need half;
-        flags in RUN or, for Bandit10 and Maze, in benchmark/reproduce.py)
-    Bandit5, n = 10    6.4 M steps, 3 min, 3 seeds: sum 6.626, 6.640, 6.665 +- .023 (pull 1 pays .50, pull 10
-                       .74); random 5.0, Bayes-optimal 6.660, the paper 6.7
-    Bandit10, n = 10   12 M steps, 8 min, 3 seeds: sum 6.702, 6.695, 6.698 +- .022; Bayes-optimal 6.714
+RESULT (held-out tasks; +- a 95 % interval, over seeds where there are three, else over tasks; minutes of one
+        busy core, two quiet ones need half; flags in RUN or, for Bandit10 and Maze, benchmark/reproduce.py)
+    Bandit5, n = 10    6.4 M steps, 3 min, 3 seeds: sum 6.64 +- .05 (6.626, 6.640, 6.665; pull 1 pays .50,
+                       pull 10 .74); random 5.0, Bayes-optimal 6.660, the paper 6.7
+    Bandit10, n = 10   12 M steps, 8 min, 3 seeds: sum 6.699 +- .009; Bayes-optimal 6.714
     GridNavi           14 M steps, 5 min, 3 seeds: returns 4.0, 10.4, 11.0, 11.0 in episodes 1 to 4; the path
                        to the known goal 11.07, Bayes-optimal in episode 1 4.0
     Maze               10 M steps, 25 min, 1 seed: 33.7 steps in the first episode, 20.4 in the second
     TabularMDP, n = 10 130 M steps, 4 h, 1 seed: sum 154.0 +- 1.6; random 100, a Bayesian who is paid for
                        exploring (BEB) 152.3, the paper 156.2
-    Bandit5, n = 100   115 M steps, 44 min, 1 seed: 78.31 +- .17; players that know the prior: the index of
-                       what is left of the trial 78.6, Gittins index 78.5 (both +- .15), the paper 78.7
-    HalfCheetahVel     10 M steps, 25 min, 2 seeds: -102, -91 +- 8 in episode 1 and -103, -90 +- 9 in episode
-                       2; one speed for all tasks -169, told -23
+    Bandit5, n = 100   115 M steps, 44 min, 1 seed: 78.31 +- .32; players that know the prior: the index of
+                       what is left of the trial 78.6, Gittins index 78.5 (both +- .3), the paper 78.7
+    HalfCheetahVel     10 M steps, 25 min, 2 seeds: -102, -91 in episode 1 and -103, -90 in episode 2; one
+                       speed for all tasks -169, told -23
 """
 
 import contextlib
@@ -153,8 +154,8 @@ class RecurrentActorCritic(nn.Module):
         self.pair_inputs = pair_inputs
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
-        told = 2 * (obs_dim + 1) * self.action_dim if pair_inputs else self.action_dim  # as in read
-        self.gru = nn.GRU(obs_dim + told + 2, hidden_size)
+        of_action = 2 * (obs_dim + 1) * self.action_dim if pair_inputs else self.action_dim  # as in read
+        self.gru = nn.GRU(obs_dim + of_action + 2, hidden_size)
         self.actor = nn.Linear(hidden_size, self.action_dim)
         self.critic = nn.Linear(hidden_size, 1)
         if not self.discrete:
@@ -246,7 +247,7 @@ def rollout(agent, env, tasks, num_episodes, window, seed=None):
         if env.terminates and step % look_every == 0:
             over = episode >= num_episodes
             if bool(over.all()):
-                break  # every trial is over; T is a multiple of a window that is less than the trial
+                break  # every trial is over; with windows one begins here, so all that were played are whole
             env.rest(over)  # what follows a trial is no data: MuJoCo need not simulate it
         if step % window == 0:
             window_hidden.append(hidden[0])  # [B, H]
@@ -291,7 +292,7 @@ def gae(reward, value, valid, gamma, gae_lambda):
 
 def masked_mean(x, valid):
     """Mean of x over the entries where valid is 1."""
-    return (x * valid).sum() / valid.sum().clamp(min=1)  # a window may hold nothing but padding
+    return (x * valid).sum() / valid.sum()
 
 
 def masked_std(x, valid):
@@ -386,7 +387,7 @@ def ppo_step(agent, optimizer, data, hidden, entropy_coef, args):
     pg_loss, clipfrac = ppo_policy_loss(logprob, data["logprob"], data["advantage"], valid, args.clip)
     v_loss = ppo_value_loss(value, data["ret"], valid, agent.return_std)
     entropy = masked_mean(policy.entropy(), valid)
-    loss = pg_loss + args.value_coef * v_loss - entropy_coef * entropy
+    loss = pg_loss + args.value_coef * v_loss - entropy_coef * entropy  # [PPO Eq 9]
     optimizer.zero_grad()
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
@@ -589,7 +590,7 @@ def restore(checkpoint, modules):
 
 
 def start_run(args, checkpoint):
-    """Make (to resume: reopen) the run folder and its log. Returns folder, log, wandb, wandb_id, unsent."""
+    """Make (to resume: reopen) run folder and log. Returns a dict: folder, log, wandb, wandb_id, unsent."""
     stamp = f"{SCRIPT}__{args.env_id}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.run_dir) / re.sub(r"[^\w.-]", ".", stamp)
     folder = folder.with_name(f"{folder.name}-{os.getpid()}") if folder.exists() else folder
@@ -728,7 +729,7 @@ def main(argv=None):
     require(trial_steps % window == 0, "bptt_window", window, f"a divisor of {trial_steps}, a trial's steps")
     sequences, parts = args.num_envs * (trial_steps // window), args.minibatches
     require(sequences % parts == 0, "minibatches", parts, f"a divisor of {sequences}, a batch's sequences")
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)  # as in OpenAI's PPO
     modules = {"agent": agent, "optimizer": optimizer, "env": env}  # all that has a state
     iteration = global_step = 0
     if checkpoint:

@@ -67,8 +67,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             _start() -> state [B, ...]                    a fresh start for every environment of the batch
             _transition(state, action) -> (next_state, reward [B], terminated [B] or None, info)
             _observe(state) -> obs [B, obs]               a new tensor, which the caller may overwrite
-    The reward is a new tensor, too. info["dense_reward"] [B], where there is one, is what PEARL, contextual
-    policies and DARC are trained on; evaluation counts the reward.
+    The reward is a new tensor, too. info["dense_reward"] [B], where there is one, is what PEARL, DARC and,
+    without hindsight, contextual policies are trained on; evaluation counts the reward.
 
     Autoreset is SAME_STEP: where an episode ends, obs is already the next episode's first observation, and
     info["final_obs"] (always there, always full, never the same memory as obs) is the true last one. Only
@@ -82,7 +82,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     num_test_tasks = 1000  # size of the frozen held-out set
     terminates = False  # False: every episode lasts `horizon` steps, so all end together and need no masks
     has_success = False  # True: info["success"] [B] bool says at which steps the goal is reached
-    named_tasks = {}  # name -> task row [task_dim], where some rows have names
+    named_tasks = {}  # name -> task row [task_dim] on `device`, where some rows have names
     test_groups = {}  # name -> slice of the held-out set, where it has parts
     ensemble = None  # where tasks are models of one body: [4, task_dim], see ensembles.py
     goal_space = None  # where a task is a goal to reach: the space of goals, which is the task space
@@ -181,11 +181,9 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         return self._observe(state) if some_ended else final_obs.clone(), reward, terminated, truncated, info
 
     def rest(self, rows):
-        """These rows, [B] bool, need not be simulated until the next reset: what they return means nothing.
+        """These rows, [B] bool, need not be simulated until the next reset: their episode, or trial, is over.
 
-        Finite it has to be: padding is multiplied by 0.
-
-        For rows whose episode, or trial of several, is over. Families whose steps are cheap ignore it.
+        What they return means nothing, but is finite: padding is multiplied by 0. Cheap families ignore it.
         """
 
     # ---- goals: only where goal_space is not None. There a task row is a goal, obs does not contain it, and
