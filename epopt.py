@@ -63,7 +63,8 @@ TRAPS (each has a test that goes red when the trap is put in)
     T4  Episodes that end early: what follows in their row is padding and no data.
     T5  The count of the worst: ceil(epsilon N), and .07 of 100 is 7.000000000000001 in floating point. Or
         ties broken at random: of equal returns the first are taken.
-    T6  Advantages standardised for each trajectory: what made one worse than another is taken away.
+    T6  Advantages standardised for each trajectory, as in the authors' code: what made one worse than another
+        is taken away.
     T7  The next episode's first state taken for the last one's successor: no model explains that jump.
     T8  Likelihoods instead of their logarithms: a few hundred steps, and all are 0.
     T9  Conjugate gradient updated in place, residual and direction being one tensor at the start.
@@ -159,7 +160,7 @@ class Args:
     fisher_fraction: float = 0.1  # share of the steps in the Fisher products, but 1,000 of them at least [D3]
     deterministic_eval: bool = True  # at evaluation act by the policy's mean
     eval_episodes: int = 10  # episodes of each held-out model
-    eval_tasks: int = 0  # held-out models to evaluate on; 0: all there are, at most 10,000
+    eval_tasks: int = 0  # held-out models, of a grid the first so many (the lightest); 0: all, at most 10,000
 
 
 # ============================== 2. Networks ==============================
@@ -678,6 +679,9 @@ def parse_args(args_class, argv=None):
     checkpoint = load_checkpoint(args.resume or args.evaluate)
     if checkpoint["args"].keys() != asdict(args).keys():
         fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py, which had other flags")
+    for name, value in checkpoint["args"].items():
+        if type(value) is not type(getattr(args, name)):
+            fail(f"{checkpoint['file']} has {value!r} for --{name.replace('_', '-')}")
     saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
     args = parse(saved)
     for name, given in asdict(replace(args, resume="", evaluate="")).items():
@@ -729,7 +733,8 @@ def load_checkpoint(path):
     except Exception as error:  # whatever a damaged or foreign file makes the reader say
         fail(f"{file} cannot be read as a checkpoint ({type(error).__name__})")
     whole = isinstance(checkpoint, dict) and checkpoint.keys() >= ENTRIES
-    if not whole or not isinstance(checkpoint["args"], dict):
+    counts = [checkpoint[name] for name in ("iteration", "global_step", "metrics_bytes")] if whole else [-1]
+    if not all(isinstance(x, int) and x >= 0 for x in counts) or not isinstance(checkpoint["args"], dict):
         fail(f"{file} is not a checkpoint of this project")
     if checkpoint["script"] != SCRIPT:
         fail(f"{file} was written by {checkpoint['script']}.py, this is {SCRIPT}.py")
@@ -743,9 +748,12 @@ def restore(checkpoint, modules):
             module.load_state_dict(checkpoint["modules"][name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"the {name} of {checkpoint['file']} does not fit: {textwrap.shorten(str(error), 200)}")
-    torch.set_rng_state(checkpoint["rng"])
-    if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    try:
+        torch.set_rng_state(checkpoint["rng"])
+        if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    except (RuntimeError, TypeError):
+        fail(f"the random state of {checkpoint['file']} does not fit")
 
 
 def start_run(args, checkpoint):
@@ -898,8 +906,8 @@ def set_ensemble(env, args):
         mean[:] = (low + high) / 2  # it has to lie between them
     kinds = {"normal": std, "uniform": torch.where(low < high, math.inf, 0.0), "single": 0 * mean}
     std[:] = kinds[args.ensemble]
-    several = bool((std > 0).any()) or not args.adapt_to_target
-    require(several, "source_std", args.source_std, "a positive number, for --adapt-to-target to choose by")
+    several = bool(((std > 0) & (low < high)).any()) or not args.adapt_to_target
+    require(several, "source_std", args.source_std, "one positive where low < high, for --adapt-to-target")
     try:
         env.ensemble = rows
     except ValueError as error:
@@ -926,9 +934,13 @@ def held_out_models(env, args):
         fits = target.shape == env.task_space.shape and bool((target > 0).all() and target.isfinite().all())
         require(fits, "target", args.target, one_each)
         low, high = env.ensemble[2:].float()  # as the target is
-        found = bool(((low <= target) & (target <= high)).all()) or not args.adapt_to_target
+        found = bool(((low <= target) & (target <= high)).all()) or not args.adapt_to_target or args.evaluate
         within = f"{[round(x, 6) for x in low.tolist()]} to {[round(x, 6) for x in high.tolist()]}"
         require(found, "target", args.target, f"{within}, where --adapt-to-target looks for it")
+        try:
+            env.check(target.expand(4, -1).double())
+        except ValueError as error:
+            fail(f"--target {tuple(args.target)}: {error}")
         models = torch.cat([models, target.expand(TARGET_ROWS, -1)])
         groups["target"] = slice(eval_tasks, len(models))
     return models, groups
@@ -1038,4 +1050,5 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:  # NumPy says the one, PyTorch the other
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        fail(f"there is not enough memory for these flags: {textwrap.shorten(str(error), 200)}")
+        words = textwrap.shorten(str(error) or "MemoryError", 200)
+        fail(f"there is not enough memory for these flags: {words}")

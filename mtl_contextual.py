@@ -703,6 +703,9 @@ def parse_args(args_class, argv=None):
     checkpoint = load_checkpoint(args.resume or args.evaluate)
     if checkpoint["args"].keys() != asdict(args).keys():
         fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py, which had other flags")
+    for name, value in checkpoint["args"].items():
+        if type(value) is not type(getattr(args, name)):
+            fail(f"{checkpoint['file']} has {value!r} for --{name.replace('_', '-')}")
     saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
     args = parse(saved)
     for name, given in asdict(replace(args, resume="", evaluate="")).items():
@@ -754,7 +757,8 @@ def load_checkpoint(path):
     except Exception as error:  # whatever a damaged or foreign file makes the reader say
         fail(f"{file} cannot be read as a checkpoint ({type(error).__name__})")
     whole = isinstance(checkpoint, dict) and checkpoint.keys() >= ENTRIES
-    if not whole or not isinstance(checkpoint["args"], dict):
+    counts = [checkpoint[name] for name in ("iteration", "global_step", "metrics_bytes")] if whole else [-1]
+    if not all(isinstance(x, int) and x >= 0 for x in counts) or not isinstance(checkpoint["args"], dict):
         fail(f"{file} is not a checkpoint of this project")
     if checkpoint["script"] != SCRIPT:
         fail(f"{file} was written by {checkpoint['script']}.py, this is {SCRIPT}.py")
@@ -768,9 +772,12 @@ def restore(checkpoint, modules):
             module.load_state_dict(checkpoint["modules"][name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"the {name} of {checkpoint['file']} does not fit: {textwrap.shorten(str(error), 200)}")
-    torch.set_rng_state(checkpoint["rng"])
-    if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    try:
+        torch.set_rng_state(checkpoint["rng"])
+        if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    except (RuntimeError, TypeError):
+        fail(f"the random state of {checkpoint['file']} does not fit")
 
 
 def start_run(args, checkpoint):
@@ -1022,4 +1029,5 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:  # NumPy says the one, PyTorch the other
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        fail(f"there is not enough memory for these flags: {textwrap.shorten(str(error), 200)}")
+        words = textwrap.shorten(str(error) or "MemoryError", 200)
+        fail(f"there is not enough memory for these flags: {words}")

@@ -71,8 +71,8 @@ RESULT (held-out tasks; +- a 95 % interval, over seeds where there are three, el
     Bandit5, n = 10    6.4 M steps, 3 min, 3 seeds: sum 6.64 +- .05 (6.626, 6.640, 6.665; pull 1 pays .50,
                        pull 10 .74); random 5.0, Bayes-optimal 6.660, the paper 6.7
     Bandit10, n = 10   12 M steps, 8 min, 3 seeds: sum 6.699 +- .009; Bayes-optimal 6.714
-    GridNavi           14 M steps, 5 min, 3 seeds: returns 4.0, 10.4, 11.0, 11.0 in episodes 1 to 4; the path
-                       to the known goal 11.07, Bayes-optimal in episode 1 4.0
+    GridNavi           14 M steps, 5 min, 3 seeds (its 21 goals are trained on): returns 4.0, 10.4, 11.0, 11.0
+                       in episodes 1 to 4; path to the known goal 11.07, Bayes-optimal episode 1 4.0
     Maze               10 M steps, 25 min, 1 seed: 33.7 steps in the first episode, 20.4 in the second
     TabularMDP, n = 10 130 M steps, 4 h, 1 seed: sum 154.0 +- 1.6; random 100, a Bayesian who is paid for
                        exploring (BEB) 152.3, the paper 156.2
@@ -133,7 +133,7 @@ class Args:
     gae_lambda: float = 1.0  # GAE: 1 uses whole sampled returns, less leans on the critic
     clip: float = 0.2  # PPO cuts the ratio of new to old probability to 1 +- this
     epochs: int = 4  # passes over each batch of trials
-    minibatches: int = 4  # gradient steps a pass, each on its share of whole trials (or windows of them)
+    minibatches: int = 4  # gradient steps a pass, at most, each on its share of whole trials (or windows)
     entropy_coef: float = 0.003  # bonus for random actions, falling linearly to zero
     value_coef: float = 0.5  # weight of the critic's loss beside the policy's
     max_grad_norm: float = 1.0  # longer gradients are shortened to this length
@@ -519,6 +519,9 @@ def parse_args(args_class, argv=None):
     checkpoint = load_checkpoint(args.resume or args.evaluate)
     if checkpoint["args"].keys() != asdict(args).keys():
         fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py, which had other flags")
+    for name, value in checkpoint["args"].items():
+        if type(value) is not type(getattr(args, name)):
+            fail(f"{checkpoint['file']} has {value!r} for --{name.replace('_', '-')}")
     saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
     args = parse(saved)
     for name, given in asdict(replace(args, resume="", evaluate="")).items():
@@ -570,7 +573,8 @@ def load_checkpoint(path):
     except Exception as error:  # whatever a damaged or foreign file makes the reader say
         fail(f"{file} cannot be read as a checkpoint ({type(error).__name__})")
     whole = isinstance(checkpoint, dict) and checkpoint.keys() >= ENTRIES
-    if not whole or not isinstance(checkpoint["args"], dict):
+    counts = [checkpoint[name] for name in ("iteration", "global_step", "metrics_bytes")] if whole else [-1]
+    if not all(isinstance(x, int) and x >= 0 for x in counts) or not isinstance(checkpoint["args"], dict):
         fail(f"{file} is not a checkpoint of this project")
     if checkpoint["script"] != SCRIPT:
         fail(f"{file} was written by {checkpoint['script']}.py, this is {SCRIPT}.py")
@@ -584,9 +588,12 @@ def restore(checkpoint, modules):
             module.load_state_dict(checkpoint["modules"][name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"the {name} of {checkpoint['file']} does not fit: {textwrap.shorten(str(error), 200)}")
-    torch.set_rng_state(checkpoint["rng"])
-    if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    try:
+        torch.set_rng_state(checkpoint["rng"])
+        if checkpoint["cuda_rng"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    except (RuntimeError, TypeError):
+        fail(f"the random state of {checkpoint['file']} does not fit")
 
 
 def start_run(args, checkpoint):
@@ -787,4 +794,5 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:  # NumPy says the one, PyTorch the other
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        fail(f"there is not enough memory for these flags: {textwrap.shorten(str(error), 200)}")
+        words = textwrap.shorten(str(error) or "MemoryError", 200)
+        fail(f"there is not enough memory for these flags: {words}")

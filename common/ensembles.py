@@ -95,7 +95,7 @@ class Ensemble(TaskVectorEnv):
                     f"{name}: expected 0 < low <= mean <= high and 0 <= std, got mean {mean:g}, std {std:g},"
                     f" low {low:g}, high {high:g}"
                 )
-        self._check(rows)
+        self.check(rows)
         self._ensemble = rows
 
     def reset(self, *, seed=None, options=None):
@@ -121,15 +121,15 @@ class Ensemble(TaskVectorEnv):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot repeat a step under other models")
 
+    def check(self, rows):
+        """Raise ValueError where models of such an ensemble, [4, task_dim], cannot be simulated."""
+
     @property
     def can_simulate(self):
         """Does the subclass have a simulate of its own?"""
         return type(self).simulate is not Ensemble.simulate
 
     # ---- hooks
-
-    def _check(self, rows):
-        """Raise ValueError where models of this ensemble, [4, task_dim], cannot be simulated."""
 
     def _now(self):
         return self._state.clone()

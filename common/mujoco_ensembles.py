@@ -58,7 +58,7 @@ class BodyEnsemble(Ensemble):
 
     # ---- hooks
 
-    def _check(self, rows):
+    def check(self, rows):
         """Play the corners of the range with random actions: what explodes there is no ensemble."""
         low, high = rows[2:].cpu()
         ends = [torch.stack([low[entry], high[entry]]).unique() for entry in range(len(low))]

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import tempfile
 
 import gymnasium as gym
 import pytest
@@ -327,6 +328,25 @@ def test_the_subset_gradient_is_not_that_of_the_conditional_value_at_risk():
     assert gradient(y).tolist() == pytest.approx(slopes, abs=1e-6)
     for baseline in ((joint(logits) * pay).sum().detach(), (weight * pay[bad]).sum() / weight.sum()):
         assert (gradient(baseline) - gradient(y)).norm() > 0.05 * gradient(y).norm()
+
+
+def check_the_kl_is_from_the_old_to_the_new(module):
+    policy, old, new = make_policy(module), *torch.randn(2, 2, 5, 2).double()  # mean and log_std of each
+    batch = {"weight": torch.rand(5).double()}
+    (m, s), (m_new, s_new) = ((mean, log_std.exp()) for mean, log_std in (old, new))
+    kl = ((s_new / s).log() + (s**2 + (m - m_new) ** 2) / (2 * s_new**2) - 0.5).sum(-1)
+    expected = (batch["weight"] * kl).sum() / batch["weight"].sum()
+    close(module.mean_kl(policy, tuple(new), tuple(old), batch), expected)
+
+
+def test_the_kl_is_from_the_old_to_the_new_policy():
+    check_the_kl_is_from_the_old_to_the_new(epopt)
+
+
+def test_the_kl_goes_red_the_other_way_round():
+    old_to_new = "kl_divergence(policy.distribution(old_output), policy.distribution(output))"
+    new_to_old = "kl_divergence(policy.distribution(output), policy.distribution(old_output))"
+    red(check_the_kl_is_from_the_old_to_the_new, old_to_new, new_to_old)
 
 
 def check_fisher_products(module, space=CONTINUOUS):
@@ -821,7 +841,12 @@ def test_a_target_that_no_particle_is_like_shows_in_the_misfit():
             r"--target .*: expected \[0.3, .*where --adapt-to-target looks for it",
         ),
         ("--adapt-to-target --target 0.1 0.2 0.8 1", r"--target .*: expected \[0.3, .*looks for it"),
-        ("--adapt-to-target --source-std 0 0 0 0", "--source-std .*: expected a positive number"),
+        ("--adapt-to-target --source-std 0 0 0 0", "--source-std .*: expected one positive where low < high"),
+        (
+            "--adapt-to-target --source-low 1.2 0.3 0.6 1 --source-high 1.2 0.3 0.6 1",
+            "--source-std .*: expected one positive where low < high",
+        ),
+        ("--env-id HopperEnsemble-v0 --target 1e-9 2 1e-9 1e-9 1", "--target .*: MuJoCo is not stable with"),
         ("--env-id PointGoal-v0 --ensemble uniform", "--env-id PointGoal-v0: has no ensemble"),
         ("--env-id PointGoal-v0 --adapt-to-target", "--env-id PointGoal-v0: has no ensemble"),
         ("--eval-tasks 1000", "--eval-tasks 1000: expected at most"),
@@ -906,6 +931,57 @@ def test_a_run_with_adaptation_resumes_exactly(tmp_path):
         ]
 
 
+def check_what_is_played_and_what_is_learned_from(module):
+    """Once the warm-up is over the worst; once the source distribution is adapted, its particles."""
+    kept, played, source = [], [], []
+
+    def select(episodes, chosen, shipped=module.select):
+        kept.append(len(chosen))
+        return shipped(episodes, chosen)
+
+    def rollout(*args, shipped=module.rollout, **kwargs):
+        if len(args[3]) == 10:  # of training: evaluation has more, the target fewer
+            known = source[0].particles if source else args[3]
+            played.append((bool(source), bool((args[3][:, None] == known).all(-1).any(1).all())))
+        return shipped(*args, **kwargs)
+
+    def adapt(*args, shipped=module.adapt):
+        source[:] = [args[3]]
+        return shipped(*args)
+
+    flags = f"{SMALL} --adapt-to-target --particles 60 --transitions 20 --epsilon 0.3 --warmup-iterations 2"
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for name, spy in (("select", select), ("rollout", rollout), ("adapt", adapt)):
+            patch.setattr(module, name, spy)
+        module.main([*flags.split(), "--total-timesteps", "5000", "--run-dir", folder])
+    assert kept[:2] == [10, 10] and set(kept[2:]) == {3}
+    assert all(of_particles for _, of_particles in played) and any(adapted for adapted, _ in played)
+
+
+def test_the_worst_are_learned_from_and_the_adapted_source_is_played():
+    check_what_is_played_and_what_is_learned_from(epopt)
+
+
+@pytest.mark.parametrize(
+    ("edit", "trap"),
+    [
+        ("args.warmup_iterations else args.epsilon", "args.warmup_iterations else 1.0"),
+        ("1.0 if iteration < args.warmup_iterations else args.epsilon", "args.epsilon"),
+        ("source.sample(env, args.num_models)", "env.sample_tasks(args.num_models)"),
+    ],
+)
+def test_the_main_loop_goes_red(edit, trap):
+    red(check_what_is_played_and_what_is_learned_from, edit, trap)
+
+
+def test_an_adapted_policy_is_evaluated_on_any_target(tmp_path, capsys):
+    flags = f"{SMALL} --adapt-to-target --particles 60 --transitions 20 --total-timesteps 2000"
+    epopt.main([*flags.split(), "--run-dir", str(tmp_path)])
+    (run,) = tmp_path.glob("epopt__*")
+    epopt.main(["--evaluate", str(run), *"--target 0.1 0.2 0.8 1".split()])  # beyond where it was looked for
+    assert "target" in capsys.readouterr().out.split("cvar10")[-1]
+
+
 def test_the_bound_on_the_kl_falls_to_zero(tmp_path):  # D8
     flags = f"{SMALL} --max-kl 0.02 --warmup-iterations 100 --total-timesteps 6000 --run-dir {tmp_path}"
     epopt.main(flags.split())
@@ -934,7 +1010,7 @@ def test_any_task_distribution_will_do(tmp_path):
 @pytest.mark.slow
 def test_the_tail_of_the_ensemble_gets_better(tmp_path, full):
     """Short: a few iterations. Full: the README's run, against one model only."""
-    short = ["--total-timesteps", "500000", "--eval-every", "100"]
+    short = ["--total-timesteps", "500000", "--eval-every", "100", "--warmup-iterations", "5"]
     tails = {}
     for name, flags in (("epopt", []), ("single", ["--epsilon", "1", "--ensemble", "single"])):
         epopt.main([*flags, *([] if full else short), "--run-dir", str(tmp_path / name), "--device", "cpu"])

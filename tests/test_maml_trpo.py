@@ -501,6 +501,25 @@ def explicit_hessian(module, policy, inner, outer, args):
     return torch.stack(rows)
 
 
+def check_the_kl_is_from_the_old_to_the_new(module):
+    policy, old, new = make_policy(module), *torch.randn(2, 2, 5, 2).double()  # mean and log_std of each
+    batch = {"weight": torch.rand(5).double()}
+    (m, s), (m_new, s_new) = ((mean, log_std.exp()) for mean, log_std in (old, new))
+    kl = ((s_new / s).log() + (s**2 + (m - m_new) ** 2) / (2 * s_new**2) - 0.5).sum(-1)
+    expected = (batch["weight"] * kl).sum() / batch["weight"].sum()
+    close(module.mean_kl(policy, tuple(new), tuple(old), batch), expected)
+
+
+def test_the_kl_is_from_the_old_to_the_new_policy():
+    check_the_kl_is_from_the_old_to_the_new(maml)
+
+
+def test_the_kl_goes_red_the_other_way_round():
+    old_to_new = "kl_divergence(policy.distribution(old_output), policy.distribution(output))"
+    new_to_old = "kl_divergence(policy.distribution(output), policy.distribution(old_output))"
+    red(check_the_kl_is_from_the_old_to_the_new, old_to_new, new_to_old)
+
+
 def check_fisher_products(module, space=CONTINUOUS):
     for inner_steps, objective in ((0, "logprob"), (1, "logprob"), (2, "logprob"), (1, "dice")):
         policy, args = (
@@ -675,6 +694,44 @@ def test_adaptation_takes_each_tasks_step_on_its_own_episodes_and_plays_again():
             close(p.detach(), w, 1e-6)
         if size:
             phi = maml.inner_step(policy, phi, batch, size, args)
+
+
+def check_what_an_update_is_given(module):
+    """inner was played by theta and outer after the step; conjugate gradient's product is damped."""
+    seen = []
+
+    def update(policy, inner, outer, args, shipped=module.update):
+        for batch in (*inner, outer):
+            output = policy(batch["obs"], policy.per_task(len(batch["obs"])))
+            logprob = policy.distribution(output).log_prob(batch["action"])
+            seen.append(float((logprob - batch["logprob"]).detach().abs().max()))
+        return shipped(policy, inner, outer, args)
+
+    def conjugate_gradient(product, gradient, steps, shipped=module.conjugate_gradient):
+        vector = torch.zeros_like(gradient)
+        vector[-1] = 1  # the derivative of the KL's is 2 for a log deviation
+        seen.append(float(product(vector)[-1]))
+        return shipped(product, gradient, steps)
+
+    flags = "--num-tasks 2 --episodes-per-task 2 --eval-tasks 2 --eval-episodes 1 --device cpu"
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "update", update)
+        patch.setattr(module, "conjugate_gradient", conjugate_gradient)
+        module.main([*flags.split(), "--total-timesteps", "1", "--cg-damping", "7", "--run-dir", folder])
+    before, after, damped = seen
+    assert before < 1e-4 < after and damped > 7
+
+
+def test_an_update_is_given_what_was_played_before_and_after_the_step():
+    check_what_an_update_is_given(maml)
+
+
+@pytest.mark.parametrize(
+    ("edit", "trap"),
+    [("*inner, outer = adapt(", "outer, *inner = adapt("), (" + args.cg_damping * vector", "")],
+)
+def test_an_update_goes_red(edit, trap):
+    red(check_what_an_update_is_given, edit, trap)
 
 
 def quick_evaluate(module, env_id="PointGoal-v0", num_tasks=5, trained=1, **changes):

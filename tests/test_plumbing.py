@@ -894,6 +894,22 @@ def test_a_checkpoint_that_lacks_an_entry_is_named(job, no_training, tmp_path, f
         assert "part.pt" in one_line(job.module.main, ["--resume", str(tmp_path / "part.pt")])
 
 
+def test_a_checkpoint_with_an_entry_of_another_kind(job, no_training, tmp_path, finished):
+    for name, values in {"iteration": ("x", -1), "global_step": (None,), "metrics_bytes": (-5, 1.5)}.items():
+        for value in values:
+            message = both_ways(job, edited(finished, tmp_path / "odd.pt", **{name: value}))
+            assert "is not a checkpoint of this project" in message
+    for state in (None, 1.5, torch.zeros(3, dtype=torch.uint8)):
+        message = one_line(
+            job.module.main, ["--resume", str(edited(finished, tmp_path / "odd.pt", rng=state))]
+        )
+        assert "the random state of" in message
+    for name, value in {"seed": "abc", "env_id": None, "gamma": "x"}.items():
+        args = {**checkpoint_of(finished)["args"], name: value}
+        message = both_ways(job, edited(finished, tmp_path / "odd.pt", args=args))
+        assert f"has {value!r} for --{name.replace('_', '-')}" in message
+
+
 def test_a_finished_run_is_not_made_shorter_and_does_not_show_that_it_was_resumed(job, finished, tmp_path):
     run = tmp_path / finished.name
     shutil.copytree(finished, run)

@@ -327,7 +327,7 @@ def test_with_lambda_one_the_target_is_the_sampled_return_whatever_the_critic_sa
 
 
 def check_the_input_holds_what_it_says(module):
-    env = FuseTask(6)
+    env = FuseTask(6, horizon=2)  # some episodes end by themselves, others by the time limit
     agent, trials = play(module, env, num_episodes=3)
     obs, last_action, last_reward, last_done = trials["x"].split([3, 3, 1, 1], -1)
     assert last_action[0].abs().sum() == last_reward[0].abs().sum() == last_done[0].abs().sum() == 0
@@ -350,7 +350,8 @@ def test_each_episode_begins_with_its_first_observation_and_done_and_what_came_b
 
 
 def test_the_input_goes_red_when_done_is_never_one():  # T4
-    red(check_the_input_holds_what_it_says, "done.float()", "torch.zeros_like(reward)")
+    for never in ("torch.zeros_like(reward)", "terminated.float()", "truncated.float()"):
+        red(check_the_input_holds_what_it_says, "done.float()", never)
 
 
 def test_the_input_goes_red_when_the_first_observation_is_never_shown():  # T4
@@ -645,7 +646,7 @@ def test_update_shows_every_sequence_once_an_epoch():
 
 
 def check_padding_is_what_lies_beyond_the_last_episode(module):
-    env = FuseTask(6)
+    env = FuseTask(6, horizon=3)  # some episodes end by themselves, others by the time limit
     _, trials = play(module, env)
     assert trials["valid"][-1].any()  # nobody plays on when all trials are over
     for b in range(env.num_envs):
@@ -982,6 +983,64 @@ def test_evaluation_goes_red_when_the_task_changes_with_the_episode():  # T7
         "done = terminated | truncated; env._task = env.sample_tasks(len(done)) if done.any() else env._task"
     )
     red(check_before_and_after_are_the_same_held_out_tasks, "done = terminated | truncated", trap)
+
+
+# ---- the main loop
+
+
+def check_the_main_loop(module):
+    """What falls, falls by the steps that count; the critic's unit is taken over once, then followed."""
+    seen = {"steps": [], "returns": [], "lr": [], "bonus": [], "rate": []}
+
+    def rollout(*args, shipped=module.rollout, **kwargs):
+        trials = shipped(*args, **kwargs)
+        if len(args) == 5 and not kwargs:  # evaluation gives a seed
+            seen["steps"].append(int(trials["valid"].sum()))
+            seen["returns"].append(float((trials["reward"] * trials["valid"]).sum(0).mean()))
+        return trials
+
+    def ppo_step(agent, optimizer, data, hidden, entropy_coef, args, shipped=module.ppo_step):
+        seen["lr"].append(optimizer.param_groups[0]["lr"])
+        seen["bonus"].append(entropy_coef)
+        return shipped(agent, optimizer, data, hidden, entropy_coef, args)
+
+    def popart_update(agent, ret, valid, rate, shipped=module.popart_update):
+        seen["rate"].append(rate)
+        return shipped(agent, ret, valid, rate)
+
+    flags = "--env-id Maze-v0 --episodes-per-trial 1 --num-envs 8 --hidden-size 8 --eval-tasks 2 --device cpu"
+    flags += " --epochs 1 --minibatches 1 --lr 0.001 --entropy-coef 0.02 --eval-every 1000"
+    spies = {"rollout": rollout, "ppo_step": ppo_step, "popart_update": popart_update}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(module, **spies):
+        module.main([*flags.split(), "--total-timesteps", "2500", "--run-dir", folder])
+        (log,) = Path(folder).glob("*/metrics.jsonl")
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+    ends = list(itertools.accumulate(seen["steps"]))
+    assert min(seen["steps"]) < 800 and ends[-2] < 2500 <= ends[-1]  # 800: with padding
+    assert [row["global_step"] for row in rows] == ends
+    assert [row["charts/return"] for row in rows] == pytest.approx(seen["returns"])
+    left = [1 - end / 2500 for end in [0, *ends[:-1]]]
+    assert seen["lr"] == pytest.approx([0.001 * x for x in left])
+    assert seen["bonus"] == pytest.approx([0.02 * x for x in left])
+    assert seen["rate"] == [1.0] + [0.1] * (len(ends) - 1)
+
+
+def test_step_size_and_bonus_fall_by_the_steps_that_count():
+    check_the_main_loop(rl2)
+
+
+@pytest.mark.parametrize(
+    ("edit", "trap"),
+    [
+        ("args.lr * anneal", "args.lr"),  # D5
+        ("args.entropy_coef * anneal, args", "args.entropy_coef, args"),
+        ('int(trials["valid"].sum(dtype=torch.int64))', 'trials["valid"].numel()'),  # T8
+        ('(trials["reward"] * trials["valid"]).sum(0)', 'trials["reward"].cumsum(0).amax(0)'),
+        ("rate=1.0 if first else 0.1", "rate=1.0"),  # D3
+    ],
+)
+def test_the_main_loop_goes_red(edit, trap):
+    red(check_the_main_loop, edit, trap)
 
 
 # ---- the default run
