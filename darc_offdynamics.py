@@ -117,7 +117,9 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
+import sysconfig
 import textwrap
 import time
 from dataclasses import asdict, dataclass, replace
@@ -738,8 +740,9 @@ def check_experiment(args):
     require(args.device in ("auto", "cpu", "cuda"), "device", args.device, "auto, cpu or cuda")
     cuda = torch.cuda.is_available()
     require(cuda or args.device != "cuda", "device", "cuda", "cpu, since PyTorch sees no GPU on this machine")
-    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
-        fail("--compile: PyTorch needs a C++ compiler for it, and there is no g++ (CXX may name another)")
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    if args.compile and not (headers and shutil.which(os.environ.get("CXX", "g++"))):
+        fail("--compile: PyTorch needs g++ (or what CXX names) and Python's headers for it (python3-dev)")
     return torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
 
 
@@ -810,6 +813,7 @@ def start_run(args, checkpoint):
     except OSError as error:
         fail(f"--run-dir {folder.parent}: cannot write {folder} ({error.strerror})")
     if args.track:
+        os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "0.1")  # else a kill loses 15 seconds
         import wandb
 
         where = {"project": args.wandb_project, "entity": args.wandb_entity or None, "dir": folder}
@@ -887,6 +891,12 @@ def print_report(env, metrics, num_tasks, stage):
     for what, players in tables.items():
         for player, value in players.items():
             print(f"reference, {what}: {player} {value:.3f}")
+
+
+def print_folder(run):
+    """Where the run is, and the command that draws its curves."""
+    print(f"\nrun folder: {run['folder']}")
+    print(f"plot it:    python -m benchmark.plot {shlex.quote(str(run['folder']))}")
 
 
 # ================================ 7. Main ================================
@@ -1026,7 +1036,7 @@ def main(argv=None):
     report = report or evaluate(agent, eval_envs, act_fn, args)
     print_report(eval_envs["target"], report, eval_tasks, "episode")
     print_domains(eval_envs, report, int(agent.steps[0]), args)
-    print(f"\nrun folder: {run['folder']}\nplot it:    python -m benchmark.plot {run['folder']}")
+    print_folder(run)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import csv
 import json
 import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,9 +42,12 @@ def read(path):
         flags = [tyro.cli(epopt.Args, args=row["command"].split()[1:]) for row in rows]
         return [(asdict(args), row) for args, row in zip(flags, rows, strict=True)]
     folder = Path(path)
+    args = json.loads((folder / "args.json").read_text())
+    if "epsilon" not in args:
+        sys.exit(f"error: {folder} is not a run folder of epopt.py")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "eval/return_p10" in row][-1]
-    return [(json.loads((folder / "args.json").read_text()), last)]
+    return [(args, last)]
 
 
 def curves(runs):

@@ -150,6 +150,7 @@ def draw(folders, out):
     last_rows = [seeds[0][-1] for _, _, seeds in groups]
     judgements = {headline(args, seeds[0][-1])[2] for _, args, seeds in groups}  # scripts have their own
     # none adapts: there is nothing to draw by episode
+    one_task = len({args["env_id"] for _, args, _ in groups}) == 1
     zero_shot = all("eval/return_ep1" not in row and "eval/success_ep0" in row for row in last_rows)
     for (script, args, seeds), differs in zip(groups, flags, strict=True):
         env_id, episodes = args["env_id"], args.get("episodes_per_trial")
@@ -183,8 +184,9 @@ def draw(folders, out):
         style = {"marker": "o", "markersize": 3, "capsize": 2, "color": line.get_color(), "label": label}
         right.errorbar(numbers, curve, yerr=band, **style)
         env = common.make(env_id, num_envs=1, seed=0)
-        draw_references(left, env.trial_references.get(episodes, {}), at=steps[-1], align="right")
-        draw_references(right, env.references, at=numbers[0], align="left")
+        if one_task:  # of several it would not show whose they are
+            draw_references(left, env.trial_references.get(episodes, {}), at=steps[-1], align="right")
+            draw_references(right, env.references, at=numbers[0], align="left")
     judged_by = words if len(judgements) == 1 else "which one: see below"
     left.set(xlabel="environment steps (all of them)", ylabel=f"held-out return,\n{judged_by}")
     stages = {"gradient steps" if "gradient" in words else "episode" for words in judgements}

@@ -18,6 +18,7 @@ new attribute, without a word, when a name is misspelt: look once with vector_en
 import functools
 import inspect
 import io
+import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -207,6 +208,8 @@ class AdaptedTasks(TaskVectorEnv):
 
     def state_dict(self):
         state = {**super().state_dict(), "exact": self._get_state is not None and self._set_state is not None}
+        if not state["exact"]:
+            warnings.warn("no get_state and set_state: a run on this cannot be resumed", stacklevel=2)
         return {**state, "inner": self._get_state(self.inner)} if state["exact"] and self._state else state
 
     def load_state_dict(self, state):

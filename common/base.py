@@ -19,6 +19,10 @@ a float32 Box with one axis and finite bounds, and final_obs is in info at every
 rl2_ppo.py reads observations and rewards as they are: keep them within a few units, or --normalize-inputs.
 A whole family, a sledge whose friction is the task:
 
+    import gymnasium as gym
+    import torch
+    from common.base import TaskVectorEnv, box
+
     class Sledge(TaskVectorEnv):
         def __init__(self, num_envs, device="cpu", seed=None):  # these three, by these names
             spaces = box(-9, 9, (2,)), box(-1, 1, (1,)), box(0, 1, (1,))  # of observations, actions, tasks

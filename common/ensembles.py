@@ -40,6 +40,11 @@ class Ensemble(TaskVectorEnv):
 
     One of your own, a mass on rough ground; simulate and the float64 state serve --adapt-to-target:
 
+        import gymnasium as gym
+        import torch
+        from common.base import box
+        from common.ensembles import Ensemble
+
         class Sledge(Ensemble):
             parameters = {"mass": (1.0, 0.3, 0.4, 1.6), "friction": (0.5, 0.2, 0.1, 0.9)}
             unmodelled, unmodelled_factors = "force", (0.5, 2.0)
@@ -63,6 +68,8 @@ class Ensemble(TaskVectorEnv):
 
             def _observe(self, state):
                 return state.float()
+
+        gym.register("Sledge-v0", vector_entry_point=Sledge)
     """
 
     parameters = {}

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import os
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from common.base import TaskVectorEnv, box  # noqa: E402
 from common.ensembles import PendulumEnsemble  # noqa: E402
 
 torch.set_num_threads(1)
-SCRIPTS = sorted(ROOT.glob("*.py"))  # every Python file at the top level is one algorithm
+# every module at the top level is one algorithm; not a glob, as a user's own files may lie there, too
+MODULES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+SCRIPTS = sorted(ROOT / f"{name}.py" for name in MODULES)
 _count = itertools.count()
 
 

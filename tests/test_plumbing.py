@@ -484,9 +484,6 @@ def read_back(run):
 def test_wandb_gets_every_row_once_even_if_the_run_dies_and_is_resumed(job, tmp_path):
     pytest.importorskip("wandb")
     offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    offline["WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"] = (
-        "0.1"  # else a kill takes W&B's last fifteen seconds with it
-    )
     argv = [
         *job.tiny,
         "--track",
@@ -734,9 +731,12 @@ def test_an_adapted_environment_that_gymnasium_does_not_know(job, no_training):
 
 
 def test_compile_without_a_compiler(job, no_training, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    message = one_line(job.module.main, [*job.tiny, *no_training, "--compile"])
-    assert message.startswith("error: --compile: PyTorch needs a C++ compiler")
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", "no-such-compiler")
+        message = one_line(job.module.main, [*job.tiny, *no_training, "--compile"])
+    assert message.startswith("error: --compile: PyTorch needs g++")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/no/headers/here")
+    assert one_line(job.module.main, [*job.tiny, *no_training, "--compile"]) == message
 
 
 def test_cuda_without_cuda(job, no_training, monkeypatch):
