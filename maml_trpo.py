@@ -143,7 +143,7 @@ class Args:
     tasks_at_once: int = 2  # tasks whose derivatives are taken together; 0: all, for a GPU
     eval_episodes: int = 40  # episodes of a gradient step at evaluation (the paper's number)
     eval_lr_factor: float = 0.25  # at evaluation, factor on the steps beyond those trained with [D6]
-    eval_tasks: int = 0  # held-out tasks to evaluate on; 0: at most 100, but all of an ensemble's grid
+    eval_tasks: int = 0  # held-out tasks, of an ensemble's grid the first (the lightest); 0: at most 100
 
 
 # ============================== 2. Networks ==============================
@@ -809,7 +809,7 @@ def main(argv=None):
     num_envs = 1 if args.evaluate else args.num_tasks * args.episodes_per_task
     env = make_env(args.env_id, num_envs, device, args.seed)
     held_out = env.num_test_tasks
-    eval_tasks = args.eval_tasks or (held_out if env.test_groups else min(100, held_out))
+    eval_tasks = args.eval_tasks or min(100, held_out)
     require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
     eval_env = make_env(args.env_id, eval_tasks * args.eval_episodes, device, seed=0)
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space

@@ -149,6 +149,10 @@ PEARL_RUNNING = (
     "--train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5 --context-stride 10 --kl-coef 0.01"
     " --updates-per-step 0.006 --replay-episodes 300 --gamma 0.99 --tau 0.005 --save-every 5"
 )
+TOLD_DIRECTION = (  # PEARL's batches, network and steps; its first temperature left one direction standing
+    TOLD_CHEETAH.format("Dir", 100, 16, 64, 300, 900_000, 40)
+    + " --hidden-size 128 --updates-per-step 0.05 --alpha 1"
+)
 TOLD_RUNNING = TOLD_CHEETAH.format("Vel", 50, 32, 8, 200, 600_000, 100)  # a bound: few steps are enough
 AS_MUCH_TARGET = "--method target --total-timesteps 5500 --updates-per-step 2"  # as gradient steps
 
@@ -297,13 +301,7 @@ ENTRIES = {
         19,
         "PEARL -36, VariBAD -25",
     ),
-    "mtl_cheetah_dir": (
-        "mtl_contextual.py",
-        TOLD_CHEETAH.format("Dir", 20, 20, 12, 200, 600_000, 40),
-        (1,),
-        15,
-        "PEARL 1187, VariBAD 1900",
-    ),
+    "mtl_cheetah_dir": ("mtl_contextual.py", TOLD_DIRECTION, (1, 2, 3), 15, "PEARL 1187, VariBAD 1900"),
     "mtl_mt3": ("mtl_contextual.py", MT.format("MT3", 3, 0.333, 30, 810_000), (1,), 90, "scripted 1.0"),
     "mtl_mt10": (
         "mtl_contextual.py",
@@ -337,6 +335,13 @@ ENTRIES = {
         "straight -6.03",
     ),
     "darc_reacher": ("darc_offdynamics.py", BROKEN_REACHER, TEN, 2, "above the next two"),
+    "darc_reacher_decay": (
+        "darc_offdynamics.py",
+        f"{BROKEN_REACHER} --decay 0.01",
+        TEN,
+        2,
+        "above the next two, within 10 % of the last",
+    ),
     "darc_reacher_source": ("darc_offdynamics.py", f"{BROKEN_REACHER} --method source", TEN, 1, "below DARC"),
     "darc_reacher_weighting": (
         "darc_offdynamics.py",
