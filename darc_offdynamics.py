@@ -975,8 +975,8 @@ def main(argv=None):
     eval_envs = make_domains(args, eval_tasks, device, (0, 0))
     env = envs["source"]
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
-    continuous = isinstance(action_space, gym.spaces.Box)
-    require(continuous, "env_id", args.env_id, "a task distribution with continuous actions")
+    continuous = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
+    require(continuous, "env_id", args.env_id, "a task distribution with continuous actions between bounds")
     agent = make_domain_agent(obs_dim, action_space, args).to(device)
     act_fn = torch.compile(sample_action) if args.compile else sample_action
     step_fn = torch.compile(darc_step) if args.compile else darc_step

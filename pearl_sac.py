@@ -854,8 +854,8 @@ def main(argv=None):
     require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
     eval_env = make_env(args.env_id, eval_tasks, device, seed=0)
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
-    continuous = isinstance(action_space, gym.spaces.Box)
-    require(continuous, "env_id", args.env_id, "a task distribution with continuous actions")
+    continuous = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
+    require(continuous, "env_id", args.env_id, "a task distribution with continuous actions between bounds")
     agent = make_agent(obs_dim, action_space, args).to(device)
     act_fn = torch.compile(sample_action) if args.compile else sample_action
     step_fn = torch.compile(gradient_step) if args.compile else gradient_step

@@ -1010,7 +1010,7 @@ def test_any_task_distribution_will_do(tmp_path):
 @pytest.mark.slow
 def test_the_tail_of_the_ensemble_gets_better(tmp_path, full):
     """Short: a few iterations. Full: the README's run, against one model only."""
-    short = ["--total-timesteps", "500000", "--eval-every", "100", "--warmup-iterations", "5"]
+    short = ["--total-timesteps", "500000", "--eval-every", "100", "--warmup-iterations", "10"]
     tails = {}
     for name, flags in (("epopt", []), ("single", ["--epsilon", "1", "--ensemble", "single"])):
         epopt.main([*flags, *([] if full else short), "--run-dir", str(tmp_path / name), "--device", "cpu"])
