@@ -716,7 +716,8 @@ def parse_args(args_class, argv=None):
     if checkpoint["args"].keys() != asdict(args).keys():
         fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py, which had other flags")
     for name, value in checkpoint["args"].items():
-        if type(value) is not type(getattr(args, name)):
+        default, is_text = getattr(args, name), isinstance(value, str)
+        if default is not None and (value is None or is_text != isinstance(default, str)):
             fail(f"{checkpoint['file']} has {value!r} for --{name.replace('_', '-')}")
     saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
     args = parse(saved)
@@ -741,7 +742,9 @@ def check_experiment(args):
     require(cuda or args.device != "cuda", "device", "cuda", "cpu, since PyTorch sees no GPU on this machine")
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     if args.compile and not (headers and shutil.which(os.environ.get("CXX", "g++"))):
-        fail("--compile: PyTorch needs g++ (or what CXX names) and Python's headers for it (python3-dev)")
+        fail(
+            "--compile: PyTorch needs a C++ compiler (g++, or CXX) and Python's headers (python3-dev) for it"
+        )
     return torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
 
 

@@ -682,7 +682,8 @@ def parse_args(args_class, argv=None):
     if checkpoint["args"].keys() != asdict(args).keys():
         fail(f"{checkpoint['file']} was written by another version of {SCRIPT}.py, which had other flags")
     for name, value in checkpoint["args"].items():
-        if type(value) is not type(getattr(args, name)):
+        default, is_text = getattr(args, name), isinstance(value, str)
+        if default is not None and (value is None or is_text != isinstance(default, str)):
             fail(f"{checkpoint['file']} has {value!r} for --{name.replace('_', '-')}")
     saved = replace(args_class(**checkpoint["args"]), resume="", evaluate="")
     args = parse(saved)
@@ -707,7 +708,9 @@ def check_experiment(args):
     require(cuda or args.device != "cuda", "device", "cuda", "cpu, since PyTorch sees no GPU on this machine")
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     if args.compile and not (headers and shutil.which(os.environ.get("CXX", "g++"))):
-        fail("--compile: PyTorch needs g++ (or what CXX names) and Python's headers for it (python3-dev)")
+        fail(
+            "--compile: PyTorch needs a C++ compiler (g++, or CXX) and Python's headers (python3-dev) for it"
+        )
     return torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
 
 
@@ -917,7 +920,9 @@ def set_ensemble(env, args):
     kinds = {"normal": std, "uniform": torch.where(low < high, math.inf, 0.0), "single": 0 * mean}
     std[:] = kinds[args.ensemble]
     several = bool(((std > 0) & (low < high)).any()) or not args.adapt_to_target
-    require(several, "source_std", args.source_std, "one positive where low < high, for --adapt-to-target")
+    require(
+        several, "source_std", args.source_std, "a positive number where low < high, for --adapt-to-target"
+    )
     try:
         env.ensemble = rows
     except ValueError as error:

@@ -149,8 +149,8 @@ def draw(folders, out):
             flags[number] = words
     last_rows = [seeds[0][-1] for _, _, seeds in groups]
     judgements = {headline(args, seeds[0][-1])[2] for _, args, seeds in groups}  # scripts have their own
-    # none adapts: there is nothing to draw by episode
     one_task = len({args["env_id"] for _, args, _ in groups}) == 1
+    # none adapts: there is nothing to draw by episode
     zero_shot = all("eval/return_ep1" not in row and "eval/success_ep0" in row for row in last_rows)
     for (script, args, seeds), differs in zip(groups, flags, strict=True):
         env_id, episodes = args["env_id"], args.get("episodes_per_trial")

@@ -149,7 +149,7 @@ PEARL_RUNNING = (
     "--train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5 --context-stride 10 --kl-coef 0.01"
     " --updates-per-step 0.006 --replay-episodes 300 --gamma 0.99 --tau 0.005 --save-every 5"
 )
-TOLD_DIRECTION = (  # PEARL's batches, network and steps; its first temperature left one direction standing
+TOLD_DIRECTION = (  # PEARL's batches, network and steps; with its first temperature seed 1 hardly ran forward
     TOLD_CHEETAH.format("Dir", 100, 16, 64, 300, 900_000, 40)
     + " --hidden-size 128 --updates-per-step 0.05 --alpha 1"
 )

@@ -63,6 +63,13 @@ def mutant(name, old, new, *more):
     return module
 
 
+def gaussian_kl(old, new, weight):
+    """Mean by weight [n] of KL(old || new) in closed form; each is mean, log_std, both [n, act]."""
+    (m, s), (m_new, s_new) = ((mean, log_std.exp()) for mean, log_std in (old, new))
+    kl = ((s_new / s).log() + (s**2 + (m - m_new) ** 2) / (2 * s_new**2) - 0.5).sum(-1)
+    return (weight * kl).sum() / weight.sum()
+
+
 class CueTask(TaskVectorEnv):
     """Only a memory of earlier episodes scores here. One of two arms is good for the whole trial.
 

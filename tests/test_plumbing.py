@@ -734,7 +734,7 @@ def test_compile_without_a_compiler(job, no_training, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("CXX", "no-such-compiler")
         message = one_line(job.module.main, [*job.tiny, *no_training, "--compile"])
-    assert message.startswith("error: --compile: PyTorch needs g++")
+    assert message.startswith("error: --compile: PyTorch needs a C++ compiler")
     monkeypatch.setattr("sysconfig.get_path", lambda name: "/no/headers/here")
     assert one_line(job.module.main, [*job.tiny, *no_training, "--compile"]) == message
 
@@ -908,6 +908,16 @@ def test_a_checkpoint_with_an_entry_of_another_kind(job, no_training, tmp_path, 
         args = {**checkpoint_of(finished)["args"], name: value}
         message = both_ways(job, edited(finished, tmp_path / "odd.pt", args=args))
         assert f"has {value!r} for --{name.replace('_', '-')}" in message
+
+
+def test_flags_of_ones_own_are_remembered_whatever_their_defaults(job, tmp_path, finished):
+    """A copied script may have a flag that is None by default, or a float whose default is written 1."""
+    fields = [("extra", float | None, None), ("factor", float, 1)]
+    own = dataclasses.make_dataclass("Own", fields, bases=(job.module.Args,))
+    args = {**checkpoint_of(finished)["args"], "extra": 0.5, "factor": 0.25}
+    path = edited(finished, tmp_path / "own.pt", args=args)
+    restored, _ = job.module.parse_args(own, ["--evaluate", str(path)])
+    assert restored.extra == 0.5 and restored.factor == 0.25
 
 
 def test_a_finished_run_is_not_made_shorter_and_does_not_show_that_it_was_resumed(job, finished, tmp_path):

@@ -568,6 +568,7 @@ def test_the_value_loss_is_half_the_squared_error_in_units_of_the_scale():
 def test_masked_moments_are_those_of_what_counts():
     x, valid = torch.tensor([1.0, 2.0, 1e6]), torch.tensor([1.0, 1.0, 0.0])
     assert rl2.masked_mean(x, valid).item() == 1.5 and rl2.masked_std(x, valid).item() == 0.5
+    assert rl2.masked_mean(x, torch.zeros(3)).item() == 0  # a window of nothing but padding
 
 
 def test_an_update_is_one_step_down_the_sum_of_the_three_losses():
