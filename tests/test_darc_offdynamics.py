@@ -535,11 +535,14 @@ def check_weights_weigh_squared_errors(module):
     still = torch.optim.SGD(agent.parameters(), lr=0.0)
     metrics = module.darc_step(agent, still, source, target, True, args)
     assert metrics["losses/critic"].item() == pytest.approx(expected, rel=1e-5)
+    explained = 1 - (errors.mean() / y.var(correction=0)).item()  # unweighed
+    assert metrics["debug/explained_variance"].item() == pytest.approx(explained, rel=1e-4)
 
 
 def test_weights_weigh_squared_errors():
     shipped = 'root_weight = batch["weight"].sqrt()'
     red(check_weights_weigh_squared_errors, shipped, 'root_weight = batch["weight"]')
+    red(check_weights_weigh_squared_errors, "1 - (values - y).square().mean()", "1 - td_loss / 2")
 
 
 # ---- evaluation

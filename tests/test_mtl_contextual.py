@@ -512,13 +512,14 @@ def by_hand(agent, batch, tasks, args, noise):
         return ((x - agent.normalizer.mean) / agent.normalizer.std).clamp(-5, 5)
 
     alphas = agent.temperature.log_alpha.exp().tolist()
-    td = 0.0
+    td, targets = 0.0, []
     for n, task in enumerate(tasks.tolist()):
         with torch.no_grad():
             action, logprob = action_of(told("next_obs", n))
             values = [q(agent.target, k, told("next_obs", n), action) for k in (0, 1)]
             bootstrap = torch.minimum(*values) - alphas[task] * logprob
             y = batch["reward"][n] + args.gamma * torch.where(batch["terminated"][n] > 0, 0.0, bootstrap)
+            targets.append(y)
         for k in (0, 1):
             td = td + ((q(agent.critic, k, told("obs", n), batch["action"][n]) - y) ** 2).sum() / (N * M)
     before = {name: p.detach().clone() for name, p in agent.named_parameters()}
@@ -534,7 +535,8 @@ def by_hand(agent, batch, tasks, args, noise):
         agent.temperature.log_alpha -= slopes
         for p, name in zip(agent.target.parameters(), agent.critic.state_dict(), strict=True):
             p += args.tau * (agent.critic.state_dict()[name] - before[f"target.{name}"])
-    return {"td": td.item(), "pi": pi.item()}
+    explained = 1 - td.item() / 2 / torch.stack(targets).var(correction=0).item()
+    return {"td": td.item(), "pi": pi.item(), "explained": explained}
 
 
 def check_sac_step(module):
@@ -555,6 +557,7 @@ def check_sac_step(module):
         assert torch.allclose(one, two, rtol=1e-7, atol=1e-9), name
     assert float(metrics["losses/critic"]) == pytest.approx(expected["td"])
     assert float(metrics["losses/actor"]) == pytest.approx(expected["pi"])
+    assert float(metrics["debug/explained_variance"]) == pytest.approx(expected["explained"])
 
 
 def test_a_step_is_that_of_the_definitions_written_with_loops():
@@ -577,6 +580,7 @@ def test_a_step_is_that_of_the_definitions_written_with_loops():
         ("target_critic(next_x, action).amin(0)", "target_critic(next_x, action).amax(0)"),
         ("agent.actor, agent.critic, x, alpha)", "agent.actor, agent.target, x, alpha)"),
         ("agent.normalizer(torch.cat([batch[name], told], -1))", "torch.cat([batch[name], told], -1)"),
+        ("1 - (values - y).square().mean()", "1 - values.square().mean()"),
     ],
 )
 def test_a_step_goes_red(old, new):

@@ -477,7 +477,7 @@ def by_hand(agent, batch, context, weight, args, noise):
         return y[..., 0]
 
     alpha = agent.temperature.log_alpha.exp().item()
-    td, kl, told = 0.0, 0.0, []
+    td, kl, told, targets = 0.0, 0.0, [], []
     for n in range(N):
         factors = layers(agent.encoder, context[n][weight[n] > 0])
         mean, var = factors[:, :LATENT], torch.nn.functional.softplus(factors[:, LATENT:])
@@ -492,6 +492,7 @@ def by_hand(agent, batch, context, weight, args, noise):
             value = torch.minimum(*(q(agent.target, k, next_x, action) for k in (0, 1))) - alpha * logprob
             bootstrap = torch.where(batch["terminated"][n] > 0, 0.0, value)
             y = args.reward_scale * batch["train_reward"][n] + args.gamma * bootstrap
+            targets.append(y)
         for k in (0, 1):
             x = torch.cat([batch["obs"][n], z], -1)
             td = td + ((q(agent.critic, k, x, batch["action"][n]) - y) ** 2).sum() / (N * M)
@@ -517,7 +518,8 @@ def by_hand(agent, batch, context, weight, args, noise):
         agent.temperature.log_alpha -= slope
         for p, name in zip(agent.target.parameters(), agent.critic.state_dict(), strict=True):
             p += args.tau * (agent.critic.state_dict()[name] - before[f"target.{name}"])
-    return {"kl": kl.item(), "td": td.item(), "pi": pi.item()}
+    explained = 1 - td.item() / 2 / torch.stack(targets).var(correction=0).item()
+    return {"kl": kl.item(), "td": td.item(), "pi": pi.item(), "explained": explained}
 
 
 def check_gradient_step(module):
@@ -535,6 +537,7 @@ def check_gradient_step(module):
     assert float(metrics["debug/kl"]) == pytest.approx(expected["kl"])
     assert float(metrics["losses/critic"]) == pytest.approx(expected["td"])
     assert float(metrics["losses/actor"]) == pytest.approx(expected["pi"])
+    assert float(metrics["debug/explained_variance"]) == pytest.approx(expected["explained"])
 
 
 def test_a_gradient_step_is_that_of_the_definitions_written_with_loops():
@@ -550,8 +553,9 @@ def test_a_gradient_step_is_that_of_the_definitions_written_with_loops():
         ("[:, None].expand(-1, batch", ".flip(0)[:, None].expand(-1, batch"),  # T5
         ("target_critic(next_x, action).amin(0)", "target_critic(next_x, action).amax(0)"),
         ("agent.actor, agent.critic, x, alpha)", "agent.actor, agent.target, x, alpha)"),
+        ("1 - (values - y).square().mean()", "1 - values.square().mean()"),
     ],
-    ids=["kl-summed", "z-detached", "never-terminated", "other-tasks-z", "larger-critic", "actor-on-target"],
+    ids="kl-summed z-detached never-terminated other-tasks-z larger-critic actor-on-target explained".split(),
 )
 def test_a_gradient_step_goes_red(old, new):
     red(check_gradient_step, old, new)

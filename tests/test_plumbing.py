@@ -17,6 +17,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -572,8 +573,9 @@ def test_evaluate_prints_the_table_and_leaves_everything_as_it_was(job, tmp_path
 
 
 def test_the_last_words_of_a_run_say_where_it_is_and_how_to_plot_it(job, tmp_path, capsys):
-    run = train(job, tmp_path, 2)
+    run = train(job, tmp_path / "two words", 2)
     printed = capsys.readouterr().out
+    assert shlex.split(printed.splitlines()[-1])[-1] == str(run)  # as a shell would read it
     assert (
         str(run) in printed
         and "benchmark.plot" in printed
