@@ -38,11 +38,11 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
         they are), cut to 5: a done flag that is 1 in one step of 400 would be 20.
     D8  Smaller: a GRU of 64 by default (their launch scripts: 128, with ReLU and weight normalisation) and
         batches of 20,000 steps (250,000).
-    D9  pair_inputs, off by default, for tabular tasks: what an action pays in a state has to be filed under
-        the pair and found again by the state. So the last action enters alone and times each entry of the
-        last observation, all of that once more times the reward, and the two heads share a hidden layer that
-        reads the GRU and its input. TabularMDP, n = 10: 145 after 13 M steps (without it 143 takes 49); then
-        it explores too little, and has not ended above the 154.0 without it (one seed).
+    D9  bilinear, off by default, for tabular tasks: what an action pays in a state has to be filed under the
+        pair and found again by the state, for which sums have to imitate products. So the last action enters
+        alone and times each entry of the last observation, all of that once more times the reward; and the
+        GRU writes the weights of the two linear heads, which read the observation (a hypernetwork, Beck et
+        al. 2022, arXiv:2210.11348).
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  The hidden state cleared where an EPISODE ends: every episode plays the average task.
@@ -61,7 +61,7 @@ RUN
     python rl2_ppo.py --episodes-per-trial 100 --num-envs 1024 --hidden-size 128 --lr 0.005 \
         --gae-lambda 0.95 --epochs 3 --entropy-coef 0.02 --total-timesteps 115000000    # longer trials
     python rl2_ppo.py --env-id TabularMDP-v0 --num-envs 256 --hidden-size 256 --epochs 2 --lr 0.005 \
-        --gamma 0.99 --gae-lambda 0.3 --entropy-coef 0.05 --total-timesteps 130000000   # or --pair-inputs
+        --gamma 0.99 --gae-lambda 0.3 --entropy-coef 0.05 --total-timesteps 130000000   # or --bilinear
     python rl2_ppo.py --env-id HalfCheetahVel-v0 --episodes-per-trial 2 --num-envs 64 --hidden-size 128 \
         --lr 0.003 --gamma 0.97 --gae-lambda 0.9 --entropy-coef 0 --normalize-inputs --eval-tasks 100 \
         --eval-every 10 --total-timesteps 10000000       # a body that moves
@@ -140,7 +140,7 @@ class Args:
     value_coef: float = 0.5  # weight of the critic's loss beside the policy's
     max_grad_norm: float = 1.0  # longer gradients are shortened to this length
     normalize_inputs: bool = False  # observations, actions and rewards to mean 0 and deviation 1 [D7]
-    pair_inputs: bool = False  # products of last obs, action, reward; a hidden layer: tabular tasks [D9]
+    bilinear: bool = False  # products of last obs, action, reward; and of memory and obs: tabular tasks [D9]
     bptt_window: int = 0  # backpropagate through so many steps, a divisor of a trial's [D6, T6]; 0: all
     eval_tasks: int = 0  # held-out tasks to evaluate on; 0: all there are, at most 10,000
 
@@ -151,15 +151,16 @@ class Args:
 class RecurrentActorCritic(nn.Module):
     """A GRU that reads the trial as it unfolds, and two linear heads that read the GRU. [D2, D9]"""
 
-    def __init__(self, obs_dim, action_space, hidden_size, pair_inputs=False):
+    def __init__(self, obs_dim, action_space, hidden_size, bilinear=False):
         super().__init__()
-        self.pair_inputs = pair_inputs
+        self.obs_dim, self.bilinear = obs_dim, bilinear
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
-        of_action = 2 * (obs_dim + 1) * self.action_dim if pair_inputs else self.action_dim  # as in read
+        of_action = 2 * (obs_dim + 1) * self.action_dim if bilinear else self.action_dim  # as in read
+        heads = obs_dim + 1 if bilinear else 1  # D9: one for each entry of the observation, one for all
         self.gru = nn.GRU(obs_dim + of_action + 2, hidden_size)
-        self.actor = nn.Linear(hidden_size, self.action_dim)
-        self.critic = nn.Linear(hidden_size, 1)
+        self.actor = nn.Linear(hidden_size, heads * self.action_dim)
+        self.critic = nn.Linear(hidden_size, heads)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.zeros(self.action_dim))
             for name, bound in (("low", action_space.low), ("high", action_space.high)):
@@ -175,19 +176,15 @@ class RecurrentActorCritic(nn.Module):
         nn.init.orthogonal_(self.critic.weight)
         for bias in (self.gru.bias_ih_l0, self.gru.bias_hh_l0, self.actor.bias, self.critic.bias):
             nn.init.zeros_(bias)
-        if pair_inputs:
-            self.lookup = nn.Linear(hidden_size + self.gru.input_size, hidden_size)
-            nn.init.orthogonal_(self.lookup.weight, 2**0.5)
-            nn.init.zeros_(self.lookup.bias)
 
     def read(self, obs, last_obs, last_action, last_reward, last_done):
-        """The GRU's input x: [B, obs + act + 2], or with pair_inputs [B, obs + 2 (obs + 1) act + 2]. [Fig 1]
+        """The GRU's input x: [B, obs + act + 2], or if bilinear [B, obs + 2 (obs + 1) act + 2]. [Fig 1]
 
         obs, last_obs: [B, obs]; last_action: [B, act], encoded; last_reward, last_done: [B]. Before the first
         step of a trial all that is last is 0.
         """
         reward, done = last_reward[:, None], last_done[:, None]
-        if not self.pair_inputs:
+        if not self.bilinear:
             return torch.cat([obs, last_action, reward, done], 1)
         place = F.pad(last_obs, (0, 1), value=1.0)  # [B, obs + 1]: times this 1 the action stays itself
         pair = (place[:, :, None] * last_action[:, None]).flatten(1)  # D9: [B, (obs + 1) * act]
@@ -201,10 +198,12 @@ class RecurrentActorCritic(nn.Module):
         x = (x - self.input_mean) / self.input_std  # as it is unless normalize_inputs [D7]
         x = x.clamp(-self.input_bound, self.input_bound)
         memory, hidden = self.gru(x, hidden)  # [T, B, H] in one call: nothing is reset inside a trial [T1]
-        if self.pair_inputs:
-            memory = F.relu(self.lookup(torch.cat([memory, x], -1)))  # D9: what is known of this observation
-        value = self.return_mean + self.return_std * self.critic(memory).squeeze(-1)
-        head = self.actor(memory)  # [T, B, act], logits or means
+        value, head = self.critic(memory), self.actor(memory)  # [T, B, 1], [T, B, act]: logits or means
+        if self.bilinear:  # D9: [T, B, obs + 1] and [T, B, (obs + 1) act] are weights of what reads obs
+            here = F.pad(x[..., : self.obs_dim], (0, 1), value=1.0)
+            value = (here * value).sum(-1, keepdim=True)
+            head = (here.unsqueeze(-2) @ head.unflatten(-1, (-1, self.action_dim))).squeeze(-2)
+        value = self.return_mean + self.return_std * value.squeeze(-1)
         if self.discrete:
             return Categorical(logits=head, validate_args=False), value, hidden
         normal = Normal(head, self.log_std.exp().expand_as(head), validate_args=False)
@@ -254,8 +253,8 @@ def rollout(agent, env, tasks, num_episodes, window, seed=None):
         if step % window == 0:
             window_hidden.append(hidden[0])  # [B, H]
         # T4: where an episode has ended, obs is the next one's first observation and last_done is 1. [Fig 1]
-        # obs and reward go in as they are: keep those of your own within a few units (about one with
-        # pair_inputs, which multiplies them), or normalize_inputs.
+        # obs and reward go in as they are: keep those of your own within a few units (about one if bilinear,
+        # which multiplies them), or normalize_inputs.
         x = agent.read(obs, last_obs, last_action, last_reward, last_done)  # [B, input]
         policy, value, hidden = agent(x[None], hidden)  # T1: hidden runs on where an episode ends
         action = policy.sample()  # [1, B] or [1, B, act]
@@ -374,7 +373,9 @@ def popart_update(agent, ret, valid, rate):
     batch = masked_mean(ret, valid), masked_std(ret, valid)
     mean, std = mix_moments((agent.return_mean, agent.return_std), batch, rate)
     agent.critic.weight.mul_(agent.return_std / std)
-    agent.critic.bias.mul_(agent.return_std).add_(agent.return_mean - mean).div_(std)
+    agent.critic.bias.mul_(agent.return_std)
+    agent.critic.bias[-1].add_(agent.return_mean - mean)  # there is one, or if bilinear the last is for all
+    agent.critic.bias.div_(std)
     agent.return_mean.copy_(mean)
     agent.return_std.copy_(std)
 
@@ -718,8 +719,8 @@ def check_rl2(args):
         require(fine, name, getattr(args, name), "a positive number")
     for name in "entropy_coef value_coef bptt_window eval_tasks".split():
         require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
-    if args.pair_inputs and args.normalize_inputs:  # D7 cuts what is rare, and each pair is
-        fail("--pair-inputs with --normalize-inputs: one of them, as what the one adds the other would cut")
+    if args.bilinear and args.normalize_inputs:  # D7 cuts what is rare, and each product is
+        fail("--bilinear with --normalize-inputs: one of them, as what the one adds the other would cut")
     for name in ("gamma", "gae_lambda"):
         require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "a number from 0 to 1")
 
@@ -736,7 +737,7 @@ def main(argv=None):
     require(eval_tasks <= held_out, "eval_tasks", eval_tasks, f"at most {held_out}, all that are held out")
     eval_env = make_env(args.env_id, eval_tasks, device, seed=0)
     obs_dim, action_space = env.single_observation_space.shape[0], env.single_action_space
-    agent = RecurrentActorCritic(obs_dim, action_space, args.hidden_size, args.pair_inputs).to(device)
+    agent = RecurrentActorCritic(obs_dim, action_space, args.hidden_size, args.bilinear).to(device)
     step_fn = torch.compile(ppo_step) if args.compile else ppo_step
     if args.evaluate:
         restore(checkpoint, {"agent": agent})

@@ -32,11 +32,11 @@ def red(check, *edits):
         check(broken)
 
 
-def make_agent(module, env, hidden_size=8, seed=0, pair_inputs=False):
+def make_agent(module, env, hidden_size=8, seed=0, bilinear=False):
     """A fresh agent that is far from indifferent: its memory moves and its actions depend on it."""
     torch.manual_seed(seed)
     agent = module.RecurrentActorCritic(
-        env.single_observation_space.shape[0], env.single_action_space, hidden_size, pair_inputs
+        env.single_observation_space.shape[0], env.single_action_space, hidden_size, bilinear
     )
     with torch.no_grad():
         agent.actor.weight.mul_(50.0)
@@ -55,8 +55,8 @@ def envs_of_each_kind():
     yield common.make("SparsePointGoal-v0", 4, seed=1, horizon=4)
 
 
-def play(module, env, num_episodes=3, window=None, hidden_size=8, pair_inputs=False):
-    agent = make_agent(module, env, hidden_size, pair_inputs=pair_inputs)
+def play(module, env, num_episodes=3, window=None, hidden_size=8, bilinear=False):
+    agent = make_agent(module, env, hidden_size, bilinear=bilinear)
     tasks = env.sample_tasks(env.num_envs)
     return agent, module.rollout(agent, env, tasks, num_episodes, window or num_episodes * env.horizon)
 
@@ -124,9 +124,9 @@ def test_gae_goes_red_when_padding_leaks_in():  # T8
 # ---- the policy: one step at a time, or the whole trial at once
 
 
-def check_stepwise_equals_whole_sequence(module, pair_inputs=False):
+def check_stepwise_equals_whole_sequence(module, bilinear=False):
     for env in envs_of_each_kind():
-        agent, trials = play(module, env, window=1, pair_inputs=pair_inputs)
+        agent, trials = play(module, env, window=1, bilinear=bilinear)
         policy, value, hidden = agent(trials["x"], agent.initial_hidden(env.num_envs))
         torch.testing.assert_close(policy.log_prob(trials["action"]), trials["logprob"], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(value, trials["value"], atol=1e-5, rtol=1e-5)
@@ -136,9 +136,9 @@ def check_stepwise_equals_whole_sequence(module, pair_inputs=False):
         torch.testing.assert_close(hidden, last, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pair_inputs", [False, True])
-def test_playing_step_by_step_equals_reading_the_whole_trial(pair_inputs):
-    check_stepwise_equals_whole_sequence(rl2, pair_inputs)
+@pytest.mark.parametrize("bilinear", [False, True])
+def test_playing_step_by_step_equals_reading_the_whole_trial(bilinear):
+    check_stepwise_equals_whole_sequence(rl2, bilinear)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 6, 12])
@@ -373,7 +373,7 @@ def test_the_input_goes_red_when_the_last_reward_is_missing():
 def check_pairs_are_what_was_tried_where_and_what_it_paid(module):  # D9
     """Numbers that no two environments share; episodes end early, and the pair is of the step before."""
     env = FuseTask(6)
-    _, trials = play(module, env, num_episodes=3, pair_inputs=True)
+    _, trials = play(module, env, num_episodes=3, bilinear=True)
     obs, pair, paid, last_reward, last_done = trials["x"].split([3, 12, 12, 1, 1], -1)
     assert pair[0].abs().sum() == paid[0].abs().sum() == 0
     for t, b in itertools.product(range(1, len(obs)), range(env.num_envs)):
@@ -394,7 +394,7 @@ def test_pairs_are_what_was_tried_where_and_what_it_paid():
     [
         ("place = F.pad(last_obs,", "place = F.pad(obs,"),
         ("[obs, pair, pair * reward,", "[obs, pair, pair,"),
-        ("(0, 1), value=1.0)", "(0, 1))"),
+        ("F.pad(last_obs, (0, 1), value=1.0)", "F.pad(last_obs, (0, 1))"),
         ("last_obs = obs", "pass"),
     ],
 )
@@ -402,10 +402,10 @@ def test_pairs_go_red(edit):
     red(check_pairs_are_what_was_tried_where_and_what_it_paid, *edit)
 
 
-def check_the_heads_see_the_input_if_it_holds_pairs(module):  # D9
+def check_the_heads_see_the_observation_if_bilinear(module):  # D9
     env, depends = FuseTask(6), []
-    for pair_inputs in (False, True):
-        agent = make_agent(module, env, pair_inputs=pair_inputs)
+    for bilinear in (False, True):
+        agent = make_agent(module, env, bilinear=bilinear)
         for parameter in agent.gru.parameters():
             nn.init.zeros_(parameter)  # no memory
         x = torch.randn(2, 6, agent.gru.input_size)
@@ -414,35 +414,44 @@ def check_the_heads_see_the_input_if_it_holds_pairs(module):  # D9
     assert depends == [[False, False], [True, True]]
 
 
-def test_the_heads_see_the_input_if_it_holds_pairs():
-    check_the_heads_see_the_input_if_it_holds_pairs(rl2)
+def test_the_heads_see_the_observation_if_bilinear():
+    check_the_heads_see_the_observation_if_bilinear(rl2)
 
 
-def check_the_heads_read_a_rectified_layer(module):  # D9
-    agent = make_agent(module, FuseTask(6), pair_inputs=True)
+def check_the_memory_writes_the_heads(module):  # D9
+    agent = make_agent(module, FuseTask(6), bilinear=True)
     x = torch.randn(5, 6, agent.gru.input_size)
     policy, value, _ = agent(x, agent.initial_hidden(6))
-    layer = torch.cat([agent.gru(x)[0], x], -1) @ agent.lookup.weight.T + agent.lookup.bias
-    head = agent.actor(layer.clamp(min=0))
-    torch.testing.assert_close(policy.logits, head.log_softmax(-1), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(value, 2 + 3 * agent.critic(layer.clamp(min=0))[..., 0])
+    memory, logits, values = agent.gru(x)[0], torch.zeros(5, 6, 3), torch.zeros(5, 6)
+    for entry in range(4):  # of the observation, and a 1
+        place = x[..., entry] if entry < 3 else torch.ones(5, 6)
+        values += place * (memory @ agent.critic.weight[entry] + agent.critic.bias[entry])
+        for action in range(3):
+            row = 3 * entry + action
+            logits[..., action] += place * (memory @ agent.actor.weight[row] + agent.actor.bias[row])
+    torch.testing.assert_close(policy.logits, logits.log_softmax(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(value, 2 + 3 * values, atol=1e-5, rtol=1e-5)
 
 
-def test_the_heads_read_a_rectified_layer():
-    check_the_heads_read_a_rectified_layer(rl2)
+def test_the_memory_writes_the_heads():
+    check_the_memory_writes_the_heads(rl2)
 
 
-def test_the_layer_goes_red_when_it_is_linear():
-    red(check_the_heads_read_a_rectified_layer, "F.relu(self.lookup", "(self.lookup")
+def test_the_heads_go_red_when_actions_and_entries_are_swapped():
+    red(
+        check_the_memory_writes_the_heads,
+        "(-1, self.action_dim))).squeeze",
+        "(self.action_dim, -1)).mT).squeeze",
+    )
 
 
 def check_the_flag_reaches_the_network(module):  # D9
     flags = "--num-envs 4 --episodes-per-trial 2 --eval-tasks 5 --total-timesteps 8 --device cpu"
-    for flag, held in (("", False), ("--pair-inputs", True)):
+    for flag, held in (("", False), ("--bilinear", True)):
         with tempfile.TemporaryDirectory() as folder:
             module.main(f"{flags} {flag} --run-dir {folder}".split())
             (file,) = Path(folder).glob("*/checkpoint.pt")
-            assert ("lookup.weight" in torch.load(file)["modules"]["agent"]) == held
+            assert (len(torch.load(file)["modules"]["agent"]["critic.bias"]) > 1) == held
 
 
 def test_the_flag_reaches_the_network():
@@ -450,11 +459,11 @@ def test_the_flag_reaches_the_network():
 
 
 def test_the_flag_goes_red_when_it_is_dropped():
-    red(check_the_flag_reaches_the_network, "args.hidden_size, args.pair_inputs", "args.hidden_size")
+    red(check_the_flag_reaches_the_network, "args.hidden_size, args.bilinear", "args.hidden_size")
 
 
 def test_the_heads_go_red_when_they_see_the_memory_alone():
-    red(check_the_heads_see_the_input_if_it_holds_pairs, "[memory, x], -1", "[memory, 0 * x], -1")
+    red(check_the_heads_see_the_observation_if_bilinear, "here = F.pad(x[", "here = F.pad(0 * x[")
 
 
 def test_a_continuous_action_is_remembered_as_it_was_sampled():
@@ -525,8 +534,8 @@ def test_sequences_go_red_when_they_are_single_steps(tmp_path):  # T6
 
 
 def test_pairs_are_not_cut_by_normalised_inputs():
-    with pytest.raises(SystemExit, match="--pair-inputs with --normalize-inputs: one of them"):
-        rl2.main("--pair-inputs --normalize-inputs --device cpu".split())
+    with pytest.raises(SystemExit, match="--bilinear with --normalize-inputs: one of them"):
+        rl2.main("--bilinear --normalize-inputs --device cpu".split())
 
 
 # ---- the losses, by hand
