@@ -374,7 +374,7 @@ def popart_update(agent, ret, valid, rate):
     mean, std = mix_moments((agent.return_mean, agent.return_std), batch, rate)
     agent.critic.weight.mul_(agent.return_std / std)
     agent.critic.bias.mul_(agent.return_std)
-    agent.critic.bias[-1].add_(agent.return_mean - mean)  # there is one, or if bilinear the last is for all
+    agent.critic.bias[-1].add_(agent.return_mean - mean)  # the only one, or the one that reads no obs
     agent.critic.bias.div_(std)
     agent.return_mean.copy_(mean)
     agent.return_std.copy_(std)

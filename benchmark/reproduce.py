@@ -52,12 +52,19 @@ TOLD = "--inner-steps 0 --oracle --total-timesteps 1000000"  # then episodes are
 CHEETAH_DIR, CHEETAH_VEL = CHEETAH.format("Dir", 10, 0.9), CHEETAH.format("Vel", 20, 0.95)
 ANT_DIR = CHEETAH.format("Dir", 10, 0.95).replace("HalfCheetahDir", "AntDir").replace("20000000", "4000000")
 
-TABULAR = (
-    "--env-id TabularMDP-v0 --num-envs 256 --hidden-size 256 --epochs 2 --lr 0.005 --gamma 0.99"
-    " --gae-lambda 0.3 --entropy-coef 0.05 --total-timesteps 130000000 --eval-every 100 --save-every 100"
+TABULAR = "--env-id TabularMDP-v0 --epochs 2 --lr 0.005 --gamma 0.99 --entropy-coef 0.05"
+TABULAR_PLAIN = (
+    f"{TABULAR} --num-envs 256 --hidden-size 256 --gae-lambda 0.3 --total-timesteps 130000000"
+    " --eval-every 100 --save-every 100"
 )
-
-TABULAR_N25 = f"{TABULAR} --episodes-per-trial 25 --num-envs 128 --total-timesteps 44000000"
+TABULAR_N10 = (
+    f"{TABULAR} --num-envs 256 --hidden-size 256 --gae-lambda 0.8 --bilinear --total-timesteps 60000000"
+    " --eval-every 50"
+)
+TABULAR_N25 = (
+    f"{TABULAR} --episodes-per-trial 25 --num-envs 128 --hidden-size 128 --gae-lambda 0.8 --bilinear"
+    " --total-timesteps 100000000 --eval-every 50"
+)
 
 PEARL_CHEETAH = (
     "--env-id HalfCheetah{}-v0 --train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5"
@@ -153,7 +160,10 @@ TOLD_DIRECTION = (  # PEARL's batches, network and steps; with its first tempera
     TOLD_CHEETAH.format("Dir", 100, 16, 64, 300, 900_000, 40)
     + " --hidden-size 128 --updates-per-step 0.05 --alpha 1"
 )
-TOLD_RUNNING = TOLD_CHEETAH.format("Vel", 50, 32, 8, 200, 600_000, 100)  # a bound: few steps are enough
+TOLD_RUNNING = (  # PEARL's gradient steps a step; a temperature of .1 at first gets stuck at a crawl
+    "--train-tasks 50 --num-tasks 32 --batch-size 8 --hidden-size 256 --gamma 0.99 --lr 0.001 --tau 0.005"
+    " --updates-per-step 0.006 --replay-episodes 200 --alpha 1 --eval-every 50 --save-every 100"
+)
 AS_MUCH_TARGET = "--method target --total-timesteps 5500 --updates-per-step 2"  # as gradient steps
 
 # name: (script, flags, seeds, minutes a run on one core, reference)
@@ -162,8 +172,9 @@ ENTRIES = {
     "rl2_bandit10_n10": ("rl2_ppo.py", BANDIT10, (1, 2, 3), 6, "Bayes-optimal 6.714, paper 6.7"),
     "rl2_bandit5_n100": ("rl2_ppo.py", N100_LARGE, (1,), 45, "Gittins 78.5, paper 78.7"),
     "rl2_bandit10_n100": ("rl2_ppo.py", f"--env-id Bandit10-v0 {N100}", (1,), 40, "Gittins 83.7, paper 83.5"),
-    "rl2_tabular_n10": ("rl2_ppo.py", TABULAR, (1,), 180, "paper 156.2, BEB 152.3"),
-    "rl2_tabular_n25": ("rl2_ppo.py", TABULAR_N25, (1,), 90, "paper 445.7, BEB 442.4"),
+    "rl2_tabular_n10": ("rl2_ppo.py", TABULAR_N10, (1,), 75, "paper 156.2, BEB 152.3"),
+    "rl2_tabular_n10_plain": ("rl2_ppo.py", TABULAR_PLAIN, (1,), 180, "paper 156.2, BEB 152.3"),
+    "rl2_tabular_n25": ("rl2_ppo.py", TABULAR_N25, (1,), 75, "paper 445.7, BEB 442.4"),
     "rl2_gridnavi": ("rl2_ppo.py", GRIDNAVI, (1, 2, 3), 5, "path to the known goal 11.07 an episode"),
     "maml_pointgoal": ("maml_trpo.py", "", (1, 2, 3), 5, "paper -40.4, -11.7, -3.33, -3.23"),
     "maml_pointgoal_100": (
@@ -500,12 +511,18 @@ ENTRIES = {
         40,
         "PEARL -40 to -50",
     ),
-    "compare_cheetah_vel_told": ("mtl_contextual.py", TOLD_RUNNING, (1,), 14, "the upper bound"),
+    "compare_cheetah_vel_told": (
+        "mtl_contextual.py",
+        f"{RUNNING} {TOLD_RUNNING}",
+        (1, 2),
+        20,
+        "the upper bound",
+    ),
     "compare_cheetah_vel_nothing": (
         "mtl_contextual.py",
-        f"{TOLD_RUNNING} --context none",
-        (1,),
-        14,
+        f"{RUNNING} {TOLD_RUNNING} --context none",
+        (1, 2),
+        20,
         "the lower bound",
     ),
     "rl2_maze": ("rl2_ppo.py", MAZE, (1,), 40, "explorer 32.5 steps, shortest path 11.7"),

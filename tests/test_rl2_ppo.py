@@ -740,15 +740,15 @@ def test_padding_goes_red_when_the_advantages_are_standardised_with_it():  # T8
 # ---- D3: the critic's unit
 
 
-def test_following_the_scale_of_the_returns_moves_no_prediction_and_reaches_their_scale():
+def check_following_the_scale_moves_no_prediction(module, bilinear=False):
     env = FuseTask(6)
-    agent, trials = play(rl2, env)
+    agent, trials = play(module, env, bilinear=bilinear)
     valid = trials["valid"]
     ret = 400 + 50 * torch.randn_like(valid)
     inside = ret[valid.bool()]
     for rate in (1.0, *[0.1] * 80):
         value = agent(trials["x"], agent.initial_hidden(6))[1]
-        rl2.popart_update(agent, ret, valid, rate)
+        module.popart_update(agent, ret, valid, rate)
         torch.testing.assert_close(
             agent(trials["x"], agent.initial_hidden(6))[1], value, atol=1e-2, rtol=1e-4
         )
@@ -757,6 +757,16 @@ def test_following_the_scale_of_the_returns_moves_no_prediction_and_reaches_thei
             assert agent.return_std.item() == pytest.approx(inside.std(correction=0).item(), rel=1e-4)
             ret = ret - 390
     assert agent.return_mean.item() == pytest.approx(inside.mean().item() - 390, abs=0.5)
+
+
+@pytest.mark.parametrize("bilinear", [False, True])
+def test_following_the_scale_of_the_returns_moves_no_prediction_and_reaches_their_scale(bilinear):
+    check_following_the_scale_moves_no_prediction(rl2, bilinear)
+
+
+def test_following_the_scale_goes_red_when_every_head_is_moved():
+    check = functools.partial(check_following_the_scale_moves_no_prediction, bilinear=True)
+    red(check, "critic.bias[-1].add_", "critic.bias.add_")
 
 
 def test_the_scale_of_returns_that_differ_little_is_not_lost_in_rounding():
