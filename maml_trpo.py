@@ -562,6 +562,7 @@ def summarize(returns, lengths, success=None):
 
 SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
 MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()
+MAY_CHANGE += ["episodes_per_trial"]  # of RL^2, which may go on in longer trials
 ENTRIES = set("script args modules rng cuda_rng iteration global_step metrics_bytes wandb_id".split())
 
 

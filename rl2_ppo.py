@@ -79,7 +79,7 @@ RESULT (held-out tasks; +- a 95 % interval, over seeds where there are three, el
     Bandit5, n = 100   115 M steps, 44 min, 1 seed: 78.31 +- .32; players that know the prior: the index of
                        what is left of the trial 78.6, Gittins index 78.5 (both +- .3), the paper 78.7
     HalfCheetahVel     10 M steps, 25 min, 2 seeds: -102, -91 in episode 1 and -103, -90 in episode 2; one
-                       speed for all tasks -169, told -23
+                       speed for all tasks -167, told -20
 """
 
 import contextlib
@@ -485,6 +485,7 @@ def summarize(returns, lengths, success=None):
 
 SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
 MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()
+MAY_CHANGE += ["episodes_per_trial"]  # of RL^2, which may go on in longer trials
 ENTRIES = set("script args modules rng cuda_rng iteration global_step metrics_bytes wandb_id".split())
 
 

@@ -514,14 +514,14 @@ ENTRIES = {
     "compare_cheetah_vel_told": (
         "mtl_contextual.py",
         f"{RUNNING} {TOLD_RUNNING}",
-        (1, 2),
+        (1,),
         20,
         "the upper bound",
     ),
     "compare_cheetah_vel_nothing": (
         "mtl_contextual.py",
         f"{RUNNING} {TOLD_RUNNING} --context none",
-        (1, 2),
+        (1,),
         20,
         "the lower bound",
     ),
