@@ -42,7 +42,7 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
         pair and found again by the state, for which sums have to imitate products. So the last action enters
         alone and times each entry of the last observation, all of that once more times the reward; and the
         GRU writes the weights of the two linear heads, which read the observation (a hypernetwork, Beck et
-        al. 2022, arXiv:2210.11348). TabularMDP, n = 10: 149 after 12 M steps, where 148 takes 75 without.
+        al. 2022, arXiv:2210.11348). TabularMDP, n = 10: 140 after 4 M steps, without it 143 after 49 M.
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  The hidden state cleared where an EPISODE ends: every episode plays the average task.
