@@ -558,7 +558,7 @@ def summarize(returns, lengths, success=None):
 
 # ==================== Run folder, log, checkpoint [shared] ====================
 
-# The same text in every script, and nothing of the algorithm in it.
+# The same text in every script. Of the algorithms it knows one flag, in MAY_CHANGE.
 
 SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
 MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()

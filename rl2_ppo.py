@@ -30,7 +30,8 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
         van Hasselt et al. 2016, arXiv:1602.07714): its loss has one scale, whatever trials sum to.
     D4  gamma = 1 by default, since the plain sum over the trial is the objective. The trial is the horizon:
         V = 0 after its end, whatever gamma is. The authors' scripts, and some commands below, have .99.
-    D5  Step size and entropy bonus fall linearly to zero.
+    D5  Step size and entropy bonus fall linearly to zero. A run resumed for a larger total starts again from
+        what is left of that: at 60 M of 100 M, from .4 of both.
     D6  bptt_window, for long trials: gradients stop where a window begins, GAE does not, and the hidden state
         it begins with is the one that was played with, stale from an iteration's second gradient step on.
     D7  normalize_inputs, off by default, for signals beyond a few units, like those of bodies that move: they
@@ -38,11 +39,13 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
         they are), cut to 5: a done flag that is 1 in one step of 400 would be 20.
     D8  Smaller: a GRU of 64 by default (their launch scripts: 128, with ReLU and weight normalisation) and
         batches of 20,000 steps (250,000).
-    D9  bilinear, off by default, for tabular tasks: what an action pays in a state has to be filed under the
-        pair and found again by the state, for which sums have to imitate products. So the last action enters
-        alone and times each entry of the last observation, all of that once more times the reward; and the
-        GRU writes the weights of the two linear heads, which read the observation (a hypernetwork, Beck et
-        al. 2022, arXiv:2210.11348). TabularMDP, n = 10: 140 after 4 M steps, without it 143 after 49 M.
+    D9  bilinear, off by default and not in the paper, for tabular tasks: what an action paid in a state has
+        to be stored under the pair and looked up by the state. Both are products, and a GRU that is given
+        sums is slow to learn them. In: each entry of the last action, by itself and times each of the last
+        observation, and all of these once more times the reward. Out: policy and value are linear in the
+        observation, with weights that the GRU writes (a hypernetwork; recurrent ones in meta-RL: Beck et al.
+        2023, arXiv:2309.14970). TabularMDP, n = 10: 140 after 4 M steps, without it 143 after 49 M (with
+        lambda .8 and .3).
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  The hidden state cleared where an EPISODE ends: every episode plays the average task.
@@ -66,8 +69,9 @@ RUN
         --lr 0.003 --gamma 0.97 --gae-lambda 0.9 --entropy-coef 0 --normalize-inputs --eval-tasks 100 \
         --eval-every 10 --total-timesteps 10000000       # a body that moves
 
-RESULT (held-out tasks; +- a 95 % interval, over seeds where there are three, else over tasks; minutes of one
-        busy core, two quiet ones need half; flags in RUN or, for Bandit10 and Maze, benchmark/reproduce.py)
+RESULT (held-out tasks; +- a 95 % interval, over seeds where there are three, else over tasks (1.96 of the
+        standard errors that are printed); seeds 1, 2, 3; minutes of one busy core, two quiet ones need half;
+        flags in RUN or, for Bandit10, Maze and a TabularMDP without --bilinear, benchmark/reproduce.py)
     Bandit5, n = 10    6.4 M steps, 3 min, 3 seeds: sum 6.64 +- .05 (6.626, 6.640, 6.665; pull 1 pays .50,
                        pull 10 .74); random 5.0, Bayes-optimal 6.660, the paper 6.7
     Bandit10, n = 10   12 M steps, 8 min, 3 seeds: sum 6.699 +- .009; Bayes-optimal 6.714
@@ -81,8 +85,8 @@ RESULT (held-out tasks; +- a 95 % interval, over seeds where there are three, el
                        --total-timesteps 100000000): sum 437.6 +- 3.6; BEB 442.4, the paper 445.7
     Bandit5, n = 100   115 M steps, 44 min, 1 seed: 78.31 +- .32; players that know the prior: the index of
                        what is left of the trial 78.6, Gittins index 78.5 (both +- .3), the paper 78.7
-    HalfCheetahVel     10 M steps, 25 min, 2 seeds: -102, -91 in episode 1 and -103, -90 in episode 2; one
-                       speed for all tasks -167, told -20
+    HalfCheetahVel     10 M steps, 25 min, seeds 1 and 2: -102, -91 in episode 1 and -103, -90 in episode 2;
+                       one speed for all tasks -167, told -20
 """
 
 import contextlib
@@ -143,7 +147,7 @@ class Args:
     value_coef: float = 0.5  # weight of the critic's loss beside the policy's
     max_grad_norm: float = 1.0  # longer gradients are shortened to this length
     normalize_inputs: bool = False  # observations, actions and rewards to mean 0 and deviation 1 [D7]
-    bilinear: bool = False  # products of last obs, action, reward; and of memory and obs: tabular tasks [D9]
+    bilinear: bool = False  # for tabular tasks: the GRU reads 2 (obs + 1) act products, its heads obs [D9]
     bptt_window: int = 0  # backpropagate through so many steps, a divisor of a trial's [D6, T6]; 0: all
     eval_tasks: int = 0  # held-out tasks to evaluate on; 0: all there are, at most 10,000
 
@@ -152,7 +156,10 @@ class Args:
 
 
 class RecurrentActorCritic(nn.Module):
-    """A GRU that reads the trial as it unfolds, and two linear heads that read the GRU. [D2, D9]"""
+    """A GRU that reads the trial as it unfolds, and two linear heads that read the GRU. [D2]
+
+    If bilinear, what the heads put out are weights, by which policy and value read the observation. [D9]
+    """
 
     def __init__(self, obs_dim, action_space, hidden_size, bilinear=False):
         super().__init__()
@@ -160,7 +167,7 @@ class RecurrentActorCritic(nn.Module):
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
         of_action = 2 * (obs_dim + 1) * self.action_dim if bilinear else self.action_dim  # as in read
-        heads = obs_dim + 1 if bilinear else 1  # D9: one for each entry of the observation, one for all
+        heads = obs_dim + 1 if bilinear else 1  # D9: for each entry of the observation, then for a 1
         self.gru = nn.GRU(obs_dim + of_action + 2, hidden_size)
         self.actor = nn.Linear(hidden_size, heads * self.action_dim)
         self.critic = nn.Linear(hidden_size, heads)
@@ -202,8 +209,8 @@ class RecurrentActorCritic(nn.Module):
         x = x.clamp(-self.input_bound, self.input_bound)
         memory, hidden = self.gru(x, hidden)  # [T, B, H] in one call: nothing is reset inside a trial [T1]
         value, head = self.critic(memory), self.actor(memory)  # [T, B, 1], [T, B, act]: logits or means
-        if self.bilinear:  # D9: [T, B, obs + 1] and [T, B, (obs + 1) act] are weights of what reads obs
-            here = F.pad(x[..., : self.obs_dim], (0, 1), value=1.0)
+        if self.bilinear:  # D9: they are [T, B, obs + 1] and [T, B, (obs + 1) act], weights for (obs, 1)
+            here = F.pad(x[..., : self.obs_dim], (0, 1), value=1.0)  # obs is what x begins with
             value = (here * value).sum(-1, keepdim=True)
             head = (here.unsqueeze(-2) @ head.unflatten(-1, (-1, self.action_dim))).squeeze(-2)
         value = self.return_mean + self.return_std * value.squeeze(-1)
@@ -251,7 +258,7 @@ def rollout(agent, env, tasks, num_episodes, window, seed=None):
         if env.terminates and step % look_every == 0:
             over = episode >= num_episodes
             if bool(over.all()):
-                break  # every trial is over; with windows one begins here, so all that were played are whole
+                break  # every trial is over; if there are windows, one would begin here: none is cut
             env.rest(over)  # what follows a trial is no data: MuJoCo need not simulate it
         if step % window == 0:
             window_hidden.append(hidden[0])  # [B, H]
@@ -308,8 +315,8 @@ def make_sequences(trials, window, args):
     """Trials -> what PPO learns from: a dict of [window, S, ...] and hidden [S, H].
 
     In the dict are x, action, logprob, value, valid, ret (the value's target) and advantage, standardised
-    over all steps. S = T / window * B, less the windows that begin after their trial's end. Where valid is 0
-    the entries mean nothing.
+    over the valid steps. S = T / window * B, less the windows that begin after their trial's end. Where valid
+    is 0 the entries mean nothing.
     """
     valid, value = trials["valid"], trials["value"]
     advantage = gae(trials["reward"], value, valid, args.gamma, args.gae_lambda)  # T2: of the whole trial
@@ -317,7 +324,7 @@ def make_sequences(trials, window, args):
     data = {name: trials[name] for name in ("x", "action", "logprob", "value", "valid")}
     data["ret"] = advantage + value  # T5: of the advantages as they are; they are standardised next
     data["advantage"] = (advantage - mean) / (std + 1e-8)
-    window = min(window, len(value))  # of whole trials, which may all have ended early
+    window = min(window, len(value))  # whole trials may all have ended early
     # T6: a window keeps its order in time; [T, B, ...] -> [T / window, window, B, ...] -> [window, S, ...]
     data = {name: x.unflatten(0, (-1, window)).transpose(0, 1).flatten(1, 2) for name, x in data.items()}
     some = data["valid"].amax(0) > 0  # T8
@@ -329,7 +336,7 @@ def make_sequences(trials, window, args):
 
 def ppo_policy_loss(logprob, old_logprob, advantage, valid, clip):
     """The clipped surrogate as a loss [D1, PPO Eq 7]. All [T, B]. Returns it and the share beyond clip."""
-    # 1 but for rounding at an iteration's first gradient step; and in padding, where it might overflow
+    # At an iteration's first gradient step 1, but for rounding. In padding always: it might overflow there.
     ratio = ((logprob - old_logprob) * valid).exp()
     gain = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     clipped = ((ratio - 1).abs() > clip).float()
@@ -377,7 +384,7 @@ def popart_update(agent, ret, valid, rate):
     mean, std = mix_moments((agent.return_mean, agent.return_std), batch, rate)
     agent.critic.weight.mul_(agent.return_std / std)
     agent.critic.bias.mul_(agent.return_std)
-    agent.critic.bias[-1].add_(agent.return_mean - mean)  # the only one, or the one that reads no obs
+    agent.critic.bias[-1].add_(agent.return_mean - mean)  # if bilinear, of the weights the one times 1 [D9]
     agent.critic.bias.div_(std)
     agent.return_mean.copy_(mean)
     agent.return_std.copy_(std)
@@ -423,7 +430,7 @@ def update(agent, optimizer, step_fn, trials, window, first, anneal, args):
             part = {name: x[:, index] for name, x in data.items()}
             steps.append(step_fn(agent, optimizer, part, hidden[index], args.entropy_coef * anneal, args))
     metrics = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
-    metrics["debug/explained_variance"] = 1 - error / variance
+    metrics["debug/explained_variance"] = 1 - error / variance  # a constant error counts too
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # in one transfer
 
 
@@ -484,7 +491,7 @@ def summarize(returns, lengths, success=None):
 
 # ==================== Run folder, log, checkpoint [shared] ====================
 
-# The same text in every script, and nothing of the algorithm in it.
+# The same text in every script. Of the algorithms it knows one flag, in MAY_CHANGE.
 
 SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
 MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()
@@ -723,7 +730,7 @@ def check_rl2(args):
         require(fine, name, getattr(args, name), "a positive number")
     for name in "entropy_coef value_coef bptt_window eval_tasks".split():
         require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
-    if args.bilinear and args.normalize_inputs:  # D7 cuts what is rare, and each product is
+    if args.bilinear and args.normalize_inputs:  # D7 cuts what is as rare as such a product
         fail("--bilinear with --normalize-inputs: one of them, as what the one adds the other would cut")
     for name in ("gamma", "gae_lambda"):
         require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "a number from 0 to 1")
