@@ -92,6 +92,7 @@ RESULT (held-out tasks, zero-shot; ClassicControl and MT3: the trained ones from
 
 import contextlib
 import copy
+import ctypes
 import io
 import json
 import math
@@ -106,6 +107,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its idle threads would spin on MuJoCo's cores
+with contextlib.suppress(AttributeError, OSError, TypeError):  # if the C library is glibc, it keeps what a
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # gradient step frees for the next one (M_TRIM_THRESHOLD),
+    ctypes.CDLL(None).mallopt(-4, 0)  # and large pieces like small ones (M_MMAP_MAX)
 
 import gymnasium as gym
 import torch

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import platform
 import re
 import subprocess
 import sys
@@ -105,6 +106,43 @@ def test_idle_threads_of_pytorch_are_told_to_sleep_before_it_is_loaded(file):
     assert (
         sum(line.startswith('os.environ.setdefault("GOMP_SPINCOUNT", "3000")') for line in before_torch) == 1
     )
+
+
+def settings_of_the_process(source):
+    """What a script does between its imports of the standard library and gymnasium."""
+    return source.split("\nfrom pathlib import Path\n")[1].split("\nimport gymnasium as gym\n")[0]
+
+
+def test_all_scripts_set_up_their_process_alike():
+    assert len({settings_of_the_process(source) for source in map(SOURCES.get, SCRIPTS)}) == 1
+
+
+PAGES_ASKED_FOR = """
+import contextlib, ctypes, os, resource
+{settings}
+import torch
+
+def step():  # what a gradient step does to memory: pieces of 40 MB and of 4 MB, all of them freed at its end
+    pieces = [torch.ones(size) for size in [10_000_000, *[1_000_000] * 30]]
+    return sum(len(piece) for piece in pieces)
+
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is set is set in glibc")
+def test_memory_that_a_gradient_step_frees_serves_the_next_one():
+    def pages(settings):
+        code = PAGES_ASKED_FOR.format(settings=settings)
+        return int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+
+    assert pages(settings_of_the_process(SOURCES[SCRIPTS[0]])) < 1_000
+    assert pages("") > 10_000  # of 4 kB, of the 40,000 in a step
 
 
 @each_script
