@@ -784,6 +784,123 @@ def test_the_critics_unit_is_that_of_a_mixture_of_old_and_new_returns():
     assert agent.return_std.item() ** 2 == pytest.approx(0.9 * (1 + 4) + 0.1 * (4 + 100) - 2.8**2)
 
 
+def check_each_step_has_a_unit_of_its_own(module):  # D3
+    """Values, advantages, targets and moments of two iterations, by the definition, trial by trial."""
+    env = CueTask(8, seed=1)
+    agent, trials = play(module, env)
+    agent.return_mean.fill_(0.0), agent.return_std.fill_(1.0)  # as in a run that begins with the flag
+    args = small_args(module, epochs=1, minibatches=1, value_by_step=True)
+    optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
+    by_step, seen = module.StepReturns(6), []
+    mean, std = torch.zeros(6, 1), torch.ones(6, 1)
+
+    def spy(agent, optimizer, data, hidden, entropy_coef, args):
+        order = [
+            (trials["x"][:, i] == data["x"].transpose(0, 1)).flatten(1).all(1).nonzero()[0] for i in range(8)
+        ]
+        seen.append({name: x[:, torch.cat(order)] for name, x in data.items()})
+        return module.ppo_step(agent, optimizer, data, hidden, entropy_coef, args)
+
+    trials["reward"] = trials["reward"] + torch.arange(6.0)[:, None] + torch.randn(6, 8)
+    trials["x"] = trials["x"] + torch.randn(1, 8, 1)  # no two trials alike
+    for first in (True, False):
+        trials["value"] = torch.randn(6, 8)
+        metrics = module.update(agent, optimizer, spy, trials, 6, first, 1.0, args, by_step)
+        value = mean + std * trials["value"]
+        columns = zip(trials["reward"].T.tolist(), value.T.tolist(), strict=True)
+        advantage = torch.tensor([advantage_as_double_sum(r, v, 6, 0.9, 0.8) for r, v in columns]).T
+        ret, rate = advantage + value, 1.0 if first else 0.1
+        error = ((ret - value) ** 2).mean() / ret.var(correction=0)
+        assert metrics["debug/explained_variance"] == pytest.approx(1 - error.item(), rel=1e-3)
+        second = torch.lerp(std**2 + mean**2, ret.pow(2).mean(1, keepdim=True), rate)
+        mean = torch.lerp(mean, ret.mean(1, keepdim=True), rate)
+        std = (second - mean**2).sqrt()
+        for found, expected in (
+            (by_step.mean, mean),
+            (by_step.std, std),
+            (seen[-1]["ret"], (ret - mean) / std),
+        ):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+        standard = (advantage - advantage.mean()) / advantage.std(correction=0)
+        torch.testing.assert_close(seen[-1]["advantage"], standard, atol=1e-4, rtol=1e-3)
+    assert agent.return_mean == 0 and agent.return_std == 1  # one unit, not two on top of one another
+
+
+def test_each_step_has_a_unit_of_its_own_if_asked_for():
+    check_each_step_has_a_unit_of_its_own(rl2)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("by_step.mean + by_step.std * trials", "trials"),
+        ('data["ret"] = (data["ret"] - by_step.mean) / by_step.std', "pass"),
+        (
+            'data["ret"] = (data["ret"] - by_step.mean) / by_step.std',
+            'data["ret"] = data["ret"] - by_step.mean',
+        ),
+        (
+            "ret.mean(1, keepdim=True), ret.std(1, correction=0, keepdim=True)",
+            "ret.mean(), ret.std(correction=0)",
+        ),
+        ("    if by_step is None:", "    if True:"),
+        ('by_step.follow(data["ret"], rate)', 'by_step.follow(data["ret"], 1.0)'),
+    ],
+    ids=["values", "targets", "deviation", "over_steps", "popart", "rate"],
+)
+def test_a_unit_for_each_step_goes_red(edit):
+    red(check_each_step_has_a_unit_of_its_own, *edit)
+
+
+def check_units_of_steps_are_saved_and_taken_up(module):
+    """A resumed run goes on with the units it had; another length of trials is one clear line."""
+    flags = (
+        "--env-id CueTask-v0 --num-envs 8 --eval-tasks 8 --hidden-size 4 --device cpu --episodes-per-trial 3"
+    )
+    shipped, began = module.update, []
+
+    def update(*args):
+        began.append((args[5], None if args[8] is None else args[8].mean.clone()))
+        return shipped(*args)
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(module, "update", update):
+        for flag in ("", "--value-by-step"):
+            module.main(f"{flags} {flag} --total-timesteps 96 --run-dir {folder}/{len(began)}".split())
+        (run,) = Path(folder, "2").iterdir()
+        saved = torch.load(run / "checkpoint.pt")["modules"]["by_step"]
+        module.main(f"--resume {run} --total-timesteps 144".split())
+        module.main(f"--evaluate {run} --episodes-per-trial 5".split())
+        with pytest.raises(SystemExit, match="the by_step of .* does not fit"):
+            module.main(f"--resume {run} --total-timesteps 192 --episodes-per-trial 5".split())
+    assert [first for first, _ in began] == [True, False, True, False, False]
+    assert [mean is None for _, mean in began] == [True, True, False, False, False]
+    assert not began[2][1].any() and torch.equal(began[4][1], saved["mean"]) and saved["mean"].any()
+
+
+def test_units_of_steps_are_saved_and_taken_up():
+    check_units_of_steps_are_saved_and_taken_up(rl2)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ('modules |= {"by_step": by_step} if by_step else {}', "pass"),
+        ("iteration == 0, anneal, args, by_step)", "iteration == 0, anneal, args, None)"),
+        ("if args.value_by_step else None", "if True else None"),
+    ],
+    ids=["saved", "passed", "flag"],
+)
+def test_saving_the_units_of_steps_goes_red(edit):
+    with pytest.raises((AssertionError, KeyError)):
+        check_units_of_steps_are_saved_and_taken_up(mutant("rl2_ppo", *edit))
+
+
+@pytest.mark.parametrize("flags", ["--env-id Maze-v0 --episodes-per-trial 2", "--bptt-window 5"])
+def test_units_of_steps_need_whole_trials_of_one_length(flags):
+    with pytest.raises(SystemExit, match="--value-by-step needs trials that all have as many steps"):
+        rl2.main(f"{flags} --value-by-step --device cpu --eval-tasks 2".split())
+
+
 def test_the_first_returns_do_not_drown_the_policy_in_the_critics_error():
     """A critic that predicts 0 where returns are 200 +- 2 would have an error of 100 deviations."""
     env = FuseTask(6)
@@ -1056,7 +1173,7 @@ def test_step_size_and_bonus_fall_by_the_steps_that_count():
         ("args.entropy_coef * anneal, args", "args.entropy_coef, args"),
         ('int(trials["valid"].sum(dtype=torch.int64))', 'trials["valid"].numel()'),  # T8
         ('(trials["reward"] * trials["valid"]).sum(0)', 'trials["reward"].cumsum(0).amax(0)'),
-        ("rate=1.0 if first else 0.1", "rate=1.0"),  # D3
+        ("rate = 1.0 if first else 0.1", "rate = 1.0"),  # D3
     ],
 )
 def test_the_main_loop_goes_red(edit, trap):
