@@ -107,9 +107,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its idle threads would spin on MuJoCo's cores
-with contextlib.suppress(AttributeError, OSError, TypeError):  # if the C library is glibc, it keeps what a
-    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # gradient step frees for the next one (M_TRIM_THRESHOLD),
-    ctypes.CDLL(None).mallopt(-4, 0)  # and large pieces like small ones (M_MMAP_MAX)
+with contextlib.suppress(AttributeError, OSError, TypeError):  # on glibc; elsewhere nothing
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: up to 2 GB that were freed stay ours, and
+    ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large pieces, too; else gradient steps pay in page faults
 
 import gymnasium as gym
 import torch
@@ -644,11 +644,10 @@ def summarize(returns, lengths, success=None):
 
 # ==================== Run folder, log, checkpoint [shared] ====================
 
-# The same text in every script. Of the algorithms it knows one flag, in MAY_CHANGE.
+# The same text in every script, and nothing of the algorithm in it.
 
 SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
 MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()
-MAY_CHANGE += ["episodes_per_trial"]  # of RL^2, which may go on in longer trials
 ENTRIES = set("script args modules rng cuda_rng iteration global_step metrics_bytes wandb_id".split())
 
 

@@ -28,9 +28,10 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
     D2  Actor and critic are two linear heads on one GRU; the paper's baseline is a GRU of its own.
     D3  The critic predicts standardised returns, and its last layer is rescaled as their scale moves (PopArt,
         van Hasselt et al. 2016, arXiv:1602.07714): its loss has one scale, whatever trials sum to. With
-        value_by_step, off by default, each step of a trial has a mean and deviation of its own: most of what
-        sets returns apart is how much of the trial is left, and the critic is then asked for the rest alone,
-        the task and what is known of it. TabularMDP, n = 25, 13 M steps: 416, without it 400.
+        value_by_step, off by default, mean and deviation are those of the same step in all trials, and
+        nothing is rescaled, as one layer serves all steps. It is for trials whose returns differ most by how
+        many steps are left: the critic then learns only what the task, and what is known of it, add to that.
+        TabularMDP, n = 25, after 16 M steps: 418, without it 406.
     D4  gamma = 1 by default, since the plain sum over the trial is the objective. The trial is the horizon:
         V = 0 after its end, whatever gamma is. The authors' scripts, and some commands below, have .99.
     D5  Step size and entropy bonus fall linearly to zero. A run resumed for a larger total starts again from
@@ -45,10 +46,10 @@ DIFFERS FROM THE PAPER (Duan et al., whose sections and figures the tags below n
     D9  bilinear, off by default and not in the paper, for tabular tasks: what an action paid in a state has
         to be stored under the pair and looked up by the state. Both are products, and a GRU that is given
         sums is slow to learn them. In: each entry of the last action, by itself and times each of the last
-        observation, and all of these once more times the reward. Out: policy and value are linear in the
+        observation's, and all of these once more times the reward. Out: policy and value are linear in the
         observation, with weights that the GRU writes (a hypernetwork; recurrent ones in meta-RL: Beck et al.
-        2023, arXiv:2309.14970). TabularMDP, n = 10: 140 after 4 M steps, without it 143 after 49 M (with
-        lambda .8 and .3).
+        2023, arXiv:2309.14970). TabularMDP, n = 10: 140 after 4 M steps, without it 143 after 49 M (lambda
+        .8; without it .3).
 
 TRAPS (each has a test that goes red when the trap is put in)
     T1  The hidden state cleared where an EPISODE ends: every episode plays the average task.
@@ -108,9 +109,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: its idle threads would spin on MuJoCo's cores
-with contextlib.suppress(AttributeError, OSError, TypeError):  # if the C library is glibc, it keeps what a
-    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # gradient step frees for the next one (M_TRIM_THRESHOLD),
-    ctypes.CDLL(None).mallopt(-4, 0)  # and large pieces like small ones (M_MMAP_MAX)
+with contextlib.suppress(AttributeError, OSError, TypeError):  # on glibc; elsewhere nothing
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: up to 2 GB that were freed stay ours, and
+    ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large pieces, too; else gradient steps pay in page faults
 
 import gymnasium as gym
 import torch
@@ -154,8 +155,8 @@ class Args:
     value_coef: float = 0.5  # weight of the critic's loss beside the policy's
     max_grad_norm: float = 1.0  # longer gradients are shortened to this length
     normalize_inputs: bool = False  # observations, actions and rewards to mean 0 and deviation 1 [D7]
-    bilinear: bool = False  # for tabular tasks: the GRU reads 2 (obs + 1) act products, its heads obs [D9]
-    value_by_step: bool = False  # the critic's unit is each step's own; for trials of one length [D3]
+    bilinear: bool = False  # the GRU reads products and writes weights for obs: for tabular tasks [D9]
+    value_by_step: bool = False  # standardise returns by step of the trial: for trials of one length [D3]
     bptt_window: int = 0  # backpropagate through so many steps, a divisor of a trial's [D6, T6]; 0: all
     eval_tasks: int = 0  # held-out tasks to evaluate on; 0: all there are, at most 10,000
 
@@ -211,7 +212,8 @@ class RecurrentActorCritic(nn.Module):
     def forward(self, x, hidden):
         """x: [T, B, input], steps of a trial or window, as read; hidden: [1, B, H], before the first of them.
 
-        Returns the action distribution over [T, B], value [T, B] in units of return, and the last hidden.
+        Returns the action distribution over [T, B], value [T, B] in units of return (or, if value_by_step, of
+        StepReturns), and the last hidden.
         """
         x = (x - self.input_mean) / self.input_std  # as it is unless normalize_inputs [D7]
         x = x.clamp(-self.input_bound, self.input_bound)
@@ -240,7 +242,7 @@ class RecurrentActorCritic(nn.Module):
 
 
 class StepReturns(nn.Module):
-    """Mean and deviation, over tasks, of the return from each step of a trial on. [D3] mean, std: [T, 1]."""
+    """Mean and deviation [T, 1], over trials, of the return from each step of a trial on. [D3]"""
 
     def __init__(self, steps):
         super().__init__()
@@ -359,7 +361,8 @@ def make_sequences(trials, window, args):
 
 def ppo_policy_loss(logprob, old_logprob, advantage, valid, clip):
     """The clipped surrogate as a loss [D1, PPO Eq 7]. All [T, B]. Returns it and the share beyond clip."""
-    # At an iteration's first gradient step 1, but for rounding. In padding always: it might overflow there.
+    # The ratio is 1 at an iteration's first gradient step, but for rounding; in padding, where it might
+    # overflow, always.
     ratio = ((logprob - old_logprob) * valid).exp()
     gain = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     clipped = ((ratio - 1).abs() > clip).float()
@@ -369,7 +372,8 @@ def ppo_policy_loss(logprob, old_logprob, advantage, valid, clip):
 def ppo_value_loss(value, ret, valid, scale):
     """Half the squared error in units of scale, the returns' std. value, ret, valid: [T, B].
 
-    Everywhere else, GAE included, value is in units of return. [D3]
+    Everywhere else, GAE included, value is in units of return. [D3] With value_by_step scale is 1, for value
+    and ret have StepReturns' units here.
     """
     return 0.5 * masked_mean(((value - ret) / scale) ** 2, valid)
 
@@ -449,7 +453,7 @@ def update(agent, optimizer, step_fn, trials, window, first, anneal, args, by_st
     rate = 1.0 if first else 0.1  # .1: some ten iterations
     if by_step is None:
         popart_update(agent, data["ret"], data["valid"], rate)
-    else:  # a prediction moves with the mean of its step
+    else:  # unlike PopArt's, a prediction moves with the mean of its step
         by_step.follow(data["ret"], rate)
         data["ret"] = (data["ret"] - by_step.mean) / by_step.std
     if first:  # what an untrained critic predicts is not worth keeping: it begins at the mean return
@@ -461,7 +465,9 @@ def update(agent, optimizer, step_fn, trials, window, first, anneal, args, by_st
             part = {name: x[:, index] for name, x in data.items()}
             steps.append(step_fn(agent, optimizer, part, hidden[index], args.entropy_coef * anneal, args))
     metrics = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
-    metrics["debug/explained_variance"] = 1 - error / variance  # a constant error counts too
+    metrics["debug/explained_variance"] = (
+        1 - error / variance
+    )  # an error that is the same everywhere counts, too
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # in one transfer
 
 
@@ -522,11 +528,10 @@ def summarize(returns, lengths, success=None):
 
 # ==================== Run folder, log, checkpoint [shared] ====================
 
-# The same text in every script. Of the algorithms it knows one flag, in MAY_CHANGE.
+# The same text in every script, and nothing of the algorithm in it.
 
 SCRIPT = Path(__file__).stem  # a checkpoint knows which script wrote it
 MAY_CHANGE = "total_timesteps compile track wandb_project wandb_entity eval_every save_every".split()
-MAY_CHANGE += ["episodes_per_trial"]  # of RL^2, which may go on in longer trials
 ENTRIES = set("script args modules rng cuda_rng iteration global_step metrics_bytes wandb_id".split())
 
 
@@ -761,7 +766,7 @@ def check_rl2(args):
         require(fine, name, getattr(args, name), "a positive number")
     for name in "entropy_coef value_coef bptt_window eval_tasks".split():
         require(0 <= getattr(args, name) < math.inf, name, getattr(args, name), "zero or a positive number")
-    if args.bilinear and args.normalize_inputs:  # D7 cuts what is as rare as such a product
+    if args.bilinear and args.normalize_inputs:  # D7 would cut a product, which is rarely not 0
         fail("--bilinear with --normalize-inputs: one of them, as what the one adds the other would cut")
     for name in ("gamma", "gae_lambda"):
         require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "a number from 0 to 1")
@@ -794,7 +799,7 @@ def main(argv=None):
     require(sequences % parts == 0, "minibatches", parts, f"a divisor of {sequences}, a batch's sequences")
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, eps=1e-5)  # as in OpenAI's PPO
     if args.value_by_step and (env.terminates or window < trial_steps):
-        fail("--value-by-step needs trials that all have as many steps, and no --bptt-window")
+        fail("--value-by-step needs episodes that never end early, and no --bptt-window")
     by_step = StepReturns(trial_steps).to(device) if args.value_by_step else None
     modules = {"agent": agent, "optimizer": optimizer, "env": env}  # all that has a state
     modules |= {"by_step": by_step} if by_step else {}

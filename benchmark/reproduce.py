@@ -14,7 +14,6 @@ import fnmatch
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -62,7 +61,10 @@ TABULAR_N10 = (
     f"{TABULAR} --num-envs 256 --hidden-size 256 --gae-lambda 0.8 --bilinear --total-timesteps 60000000"
     " --eval-every 50"
 )
-TABULAR_N25 = "--resume rl2_tabular_n10 --episodes-per-trial 25 --total-timesteps 100000000 --eval-every 20"
+TABULAR_N25 = (
+    f"{TABULAR} --episodes-per-trial 25 --num-envs 128 --hidden-size 128 --gae-lambda 0.8 --bilinear"
+    " --value-by-step --total-timesteps 140000000 --eval-every 50"
+)
 
 PEARL_CHEETAH = (
     "--env-id HalfCheetah{}-v0 --train-tasks 100 --num-tasks 16 --batch-size 64 --latent-size 5"
@@ -534,16 +536,13 @@ def run_seed(name, seed, run_dir, threads):
     found = sorted(parent.glob(f"*__{seed}__*/checkpoint.pt"))
     command = [sys.executable, str(ROOT / script)]
     flags = flags.split()
-    parent.mkdir(parents=True, exist_ok=True)
-    if flags[:1] == ["--resume"]:  # goes on, in a copy, from what another entry's run has come to
-        command += ["--resume", str(found[-1].parent if found else copy_run(flags[1], seed, run_dir, parent))]
-        command += flags[2:]
-    elif found:  # an entry that has been made longer is trained on; a run past a shorter one says so
+    if found:  # an entry that has been made longer is trained on; a run that is past a shorter one says so
         command += ["--resume", str(found[-1].parent)]
-        if "--total-timesteps" in flags:
-            command += ["--total-timesteps", last_total(flags)]
+        if "--total-timesteps" in flags:  # of a flag that is there twice the last counts
+            command += ["--total-timesteps", flags[-flags[::-1].index("--total-timesteps")]]
     else:
         command += [*flags, "--seed", str(seed), "--run-dir", str(parent)]
+    parent.mkdir(parents=True, exist_ok=True)
     if not found:  # the code that a run began with is the code its numbers belong to
         (parent / f"seed{seed}.commit").write_text(git_commit())
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
@@ -552,20 +551,6 @@ def run_seed(name, seed, run_dir, threads):
     if code:
         sys.exit(f"error: {' '.join(command)} ended with {code}, see {log.name}")
     return sorted(parent.glob(f"*__{seed}__*/checkpoint.pt"))[-1].parent
-
-
-def last_total(flags):
-    """The value of --total-timesteps: of a flag that is there twice the last counts."""
-    return flags[-flags[::-1].index("--total-timesteps")]
-
-
-def copy_run(name, seed, run_dir, parent):
-    """Copy the finished run of another entry into the folder parent. Returns the copy."""
-    found = sorted((run_dir / name).glob(f"*__{seed}__*/metrics.jsonl"))
-    steps = json.loads(found[-1].read_text().splitlines()[-1])["global_step"] if found else -1
-    if steps < int(last_total(ENTRIES[name][1].split())):
-        sys.exit(f"error: {parent.name} goes on where {name} ends: reproduce that first")
-    return shutil.copytree(found[-1].parent, parent / found[-1].parent.name)
 
 
 def sweep(name):
@@ -629,8 +614,6 @@ def main():
     if options.sweep:
         if len(options.names) > 1:
             sys.exit(f"error: --sweep takes one entry, these are {', '.join(options.names)}")
-        if ENTRIES[options.names[0]][1].startswith("--resume"):
-            sys.exit(f"error: {options.names[0]} goes on from another run, which a sweep cannot")
         print(json.dumps(sweep(options.names[0]), indent=2))
         return
     threads = 1 if options.jobs > 1 else 0

@@ -76,25 +76,6 @@ def test_an_entry_that_was_made_longer_is_trained_on(tiny_entry, tmp_path, monke
     assert [row["global_step"] for row in read_csv(tmp_path)] == ["96"]
 
 
-def test_an_entry_may_go_on_from_another_ones_end(tiny_entry, tmp_path, monkeypatch):
-    after = "--resume tiny --episodes-per-trial 5 --total-timesteps 128"
-    monkeypatch.setitem(reproduce.ENTRIES, "after", ("rl2_ppo.py", after, (1,), 1, "none"))
-    with pytest.raises(SystemExit, match="error: after goes on where tiny ends: reproduce that first"):
-        run_reproduce(monkeypatch, "after", "--run-dir", tiny_entry)
-    run_reproduce(monkeypatch, "tiny", "--run-dir", tiny_entry)
-    (before,) = (tiny_entry / "tiny").glob("*__1__*/metrics.jsonl")
-    kept = before.read_bytes()
-    for _ in range(2):  # the second time it is found finished
-        run_reproduce(monkeypatch, "after", "--run-dir", tiny_entry)
-        (file,) = (tiny_entry / "after").glob("*__1__*/metrics.jsonl")
-        assert before.read_bytes() == kept and file.read_bytes().startswith(kept)
-        steps = [json.loads(row)["global_step"] for row in file.read_text().splitlines()]
-        assert steps == [24, 48, 88, 128]
-    assert "eval/return_ep4" in json.loads(file.read_text().splitlines()[-1])
-    with pytest.raises(SystemExit, match="error: after goes on from another run, which a sweep cannot"):
-        run_reproduce(monkeypatch, "after", "--sweep")
-
-
 def test_reproduce_lists_its_entries_and_names_an_unknown_one(tiny_entry, monkeypatch, capsys):
     run_reproduce(monkeypatch)
     assert "tiny: rl2_ppo.py --num-envs 8" in capsys.readouterr().out
@@ -114,12 +95,8 @@ def test_every_entry_has_flags_that_its_script_accepts(monkeypatch):
     from conftest import script
 
     for name, (file, flags, seeds, minutes, reference) in reproduce.ENTRIES.items():
-        module, words = script(file.removesuffix(".py")), flags.split()
-        if words[0:1] == ["--resume"]:
-            first, last = reproduce.ENTRIES[words[1]], words[2:]
-            assert first[0] == file and set(first[2]) >= set(seeds), name
-            words = [*first[1].split(), *last]
-        args, _ = module.parse_args(module.Args, words)
+        module = script(file.removesuffix(".py"))
+        args, _ = module.parse_args(module.Args, flags.split())
         assert args.env_id in common.ids() and len(set(seeds)) == len(seeds) > 0, name
         assert minutes > 0 and reference, name
 

@@ -309,8 +309,18 @@ def test_resuming_is_exact_where_episodes_end_early_and_where_actions_are_contin
     job = JOBS[name]
     if env_id in ("HalfCheetahDir-v0", "ReacherGoal-v0", "BrokenReacher-v0"):
         pytest.importorskip("mujoco")
-    flags = ["--env-id", env_id, "--save-every", "1", "--eval-every", "3", "--eval-tasks", "4"]
     iterations = job.long_tasks[env_id] // job.steps  # of the tiny job; these are longer
+    check_exact_resume(job, tmp_path, monkeypatch, iterations, "--env-id", env_id)
+
+
+@pytest.mark.parametrize("flag", ["--value-by-step", "--bilinear", "--normalize-inputs"])
+def test_resuming_is_exact_with_each_way_of_reading_and_of_standardising(tmp_path, monkeypatch, flag):
+    check_exact_resume(JOBS["rl2_ppo"], tmp_path, monkeypatch, 6, flag)
+
+
+def check_exact_resume(job, tmp_path, monkeypatch, iterations, *flags):
+    """Cut after two iterations and resumed, a run ends as one that nothing disturbed."""
+    flags = [*flags, "--save-every", "1", "--eval-every", "3", "--eval-tasks", "4"]
     reference = train(job, tmp_path / "reference", iterations, *flags)
 
     def stop_there(run, *args, shipped=job.module.log):

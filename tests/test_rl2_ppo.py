@@ -824,6 +824,7 @@ def check_each_step_has_a_unit_of_its_own(module):  # D3
         standard = (advantage - advantage.mean()) / advantage.std(correction=0)
         torch.testing.assert_close(seen[-1]["advantage"], standard, atol=1e-4, rtol=1e-3)
     assert agent.return_mean == 0 and agent.return_std == 1  # one unit, not two on top of one another
+    assert not any(parameter.any() for parameter in agent.critic.parameters())  # lr is 0: as it began
 
 
 def test_each_step_has_a_unit_of_its_own_if_asked_for():
@@ -844,23 +845,24 @@ def test_each_step_has_a_unit_of_its_own_if_asked_for():
             "ret.mean(), ret.std(correction=0)",
         ),
         ("    if by_step is None:", "    if True:"),
+        ("    if first:  # what an untrained", "    if first and by_step is None:  # what an untrained"),
         ('by_step.follow(data["ret"], rate)', 'by_step.follow(data["ret"], 1.0)'),
     ],
-    ids=["values", "targets", "deviation", "over_steps", "popart", "rate"],
+    ids=["values", "targets", "deviation", "over_steps", "popart", "start", "rate"],
 )
 def test_a_unit_for_each_step_goes_red(edit):
     red(check_each_step_has_a_unit_of_its_own, *edit)
 
 
 def check_units_of_steps_are_saved_and_taken_up(module):
-    """A resumed run goes on with the units it had; another length of trials is one clear line."""
+    """A resumed run goes on with the units it had; a trial to evaluate on may have another length."""
     flags = (
         "--env-id CueTask-v0 --num-envs 8 --eval-tasks 8 --hidden-size 4 --device cpu --episodes-per-trial 3"
     )
     shipped, began = module.update, []
 
     def update(*args):
-        began.append((args[5], None if args[8] is None else args[8].mean.clone()))
+        began.append((args[5], None if args[8] is None else torch.cat([args[8].mean, args[8].std], 1)))
         return shipped(*args)
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(module, "update", update):
@@ -870,11 +872,13 @@ def check_units_of_steps_are_saved_and_taken_up(module):
         saved = torch.load(run / "checkpoint.pt")["modules"]["by_step"]
         module.main(f"--resume {run} --total-timesteps 144".split())
         module.main(f"--evaluate {run} --episodes-per-trial 5".split())
-        with pytest.raises(SystemExit, match="the by_step of .* does not fit"):
-            module.main(f"--resume {run} --total-timesteps 192 --episodes-per-trial 5".split())
     assert [first for first, _ in began] == [True, False, True, False, False]
-    assert [mean is None for _, mean in began] == [True, True, False, False, False]
-    assert not began[2][1].any() and torch.equal(began[4][1], saved["mean"]) and saved["mean"].any()
+    assert [units is None for _, units in began] == [True, True, False, False, False]
+    assert (
+        began[2][1].tolist() == [[0, 1]] * 6
+        and torch.equal(began[4][1], torch.cat([saved["mean"], saved["std"]], 1))
+        and saved["mean"].any()
+    )
 
 
 def test_units_of_steps_are_saved_and_taken_up():
@@ -885,10 +889,11 @@ def test_units_of_steps_are_saved_and_taken_up():
     "edit",
     [
         ('modules |= {"by_step": by_step} if by_step else {}', "pass"),
+        ('"std", torch.ones(steps, 1)', '"std", torch.ones(steps, 1), persistent=False'),
         ("iteration == 0, anneal, args, by_step)", "iteration == 0, anneal, args, None)"),
         ("if args.value_by_step else None", "if True else None"),
     ],
-    ids=["saved", "passed", "flag"],
+    ids=["saved", "deviation", "passed", "flag"],
 )
 def test_saving_the_units_of_steps_goes_red(edit):
     with pytest.raises((AssertionError, KeyError)):
@@ -897,7 +902,9 @@ def test_saving_the_units_of_steps_goes_red(edit):
 
 @pytest.mark.parametrize("flags", ["--env-id Maze-v0 --episodes-per-trial 2", "--bptt-window 5"])
 def test_units_of_steps_need_whole_trials_of_one_length(flags):
-    with pytest.raises(SystemExit, match="--value-by-step needs trials that all have as many steps"):
+    with pytest.raises(
+        SystemExit, match="--value-by-step needs episodes that never end early, and no --bptt-window"
+    ):
         rl2.main(f"{flags} --value-by-step --device cpu --eval-tasks 2".split())
 
 
