@@ -75,7 +75,7 @@ RUN
 
 RESULT (held-out tasks; +- a 95 % interval, over seeds where there are three, else over tasks (1.96 of the
         standard errors that are printed); seeds 1, 2, 3; minutes of one busy core, two quiet ones need half;
-        flags in RUN or, for Bandit10, Maze and a TabularMDP without --bilinear, benchmark/reproduce.py)
+        flags in RUN or, for Bandit10, Maze and the other TabularMDP, benchmark/reproduce.py)
     Bandit5, n = 10    6.4 M steps, 3 min, 3 seeds: sum 6.64 +- .05 (6.626, 6.640, 6.665; pull 1 pays .50,
                        pull 10 .74); random 5.0, Bayes-optimal 6.660, the paper 6.7
     Bandit10, n = 10   12 M steps, 8 min, 3 seeds: sum 6.699 +- .009; Bayes-optimal 6.714
@@ -85,8 +85,8 @@ RESULT (held-out tasks; +- a 95 % interval, over seeds where there are three, el
     TabularMDP, n = 10 60 M steps, 75 min, 1 seed: sum 156.8 +- 1.6 (without --bilinear, with lambda .3, 154.0
                        after 130 M); random 100, a Bayesian who is paid for exploring (BEB) 152.3, the paper
                        156.2
-    TabularMDP, n = 25 the same run, after 40 M steps more (--resume runs/NAME --episodes-per-trial 25
-                       --total-timesteps 100000000): sum 437.6 +- 3.6; BEB 442.4, the paper 445.7
+    TabularMDP, n = 25 140 M steps, 79 min, 1 seed, with --value-by-step and a GRU of 128: sum 440.0 +- 3.6;
+                       BEB 442.4, the paper 445.7
     Bandit5, n = 100   115 M steps, 44 min, 1 seed: 78.31 +- .32; players that know the prior: the index of
                        what is left of the trial 78.6, Gittins index 78.5 (both +- .3), the paper 78.7
     HalfCheetahVel     10 M steps, 25 min, seeds 1 and 2: -102, -91 in episode 1 and -103, -90 in episode 2;
