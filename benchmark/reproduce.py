@@ -62,7 +62,7 @@ TABULAR_N10 = (
     " --eval-every 50"
 )
 TABULAR_N25 = (
-    f"{TABULAR} --episodes-per-trial 25 --num-envs 128 --hidden-size 128 --gae-lambda 0.8 --bilinear"
+    f"{TABULAR} --episodes-per-trial 25 --num-envs 128 --hidden-size 128 --gae-lambda 0.9 --bilinear"
     " --value-by-step --total-timesteps 140000000 --eval-every 50"
 )
 
@@ -174,7 +174,7 @@ ENTRIES = {
     "rl2_bandit10_n100": ("rl2_ppo.py", f"--env-id Bandit10-v0 {N100}", (1,), 40, "Gittins 83.7, paper 83.5"),
     "rl2_tabular_n10": ("rl2_ppo.py", TABULAR_N10, (1,), 75, "paper 156.2, BEB 152.3"),
     "rl2_tabular_n10_plain": ("rl2_ppo.py", TABULAR_PLAIN, (1,), 180, "paper 156.2, BEB 152.3"),
-    "rl2_tabular_n25": ("rl2_ppo.py", TABULAR_N25, (1,), 80, "paper 445.7, BEB 442.4"),
+    "rl2_tabular_n25": ("rl2_ppo.py", TABULAR_N25, (1,), 98, "paper 445.7, BEB 442.4"),
     "rl2_gridnavi": ("rl2_ppo.py", GRIDNAVI, (1, 2, 3), 5, "path to the known goal 11.07 an episode"),
     "maml_pointgoal": ("maml_trpo.py", "", (1, 2, 3), 5, "paper -40.4, -11.7, -3.33, -3.23"),
     "maml_pointgoal_100": (
