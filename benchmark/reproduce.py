@@ -534,14 +534,11 @@ def run_seed(name, seed, run_dir, threads):
     script, flags, _, _, _ = ENTRIES[name]
     parent = run_dir / name
     found = sorted(parent.glob(f"*__{seed}__*/checkpoint.pt"))
-    command = [sys.executable, str(ROOT / script)]
-    flags = flags.split()
-    if found:  # an entry that has been made longer is trained on; a run that is past a shorter one says so
+    command = [sys.executable, str(ROOT / script), *flags.split()]
+    if found:  # the script refuses other flags than a run has, but for a longer total, which it trains on to
         command += ["--resume", str(found[-1].parent)]
-        if "--total-timesteps" in flags:  # of a flag that is there twice the last counts
-            command += ["--total-timesteps", flags[-flags[::-1].index("--total-timesteps")]]
     else:
-        command += [*flags, "--seed", str(seed), "--run-dir", str(parent)]
+        command += ["--seed", str(seed), "--run-dir", str(parent)]
     parent.mkdir(parents=True, exist_ok=True)
     if not found:  # the code that a run began with is the code its numbers belong to
         (parent / f"seed{seed}.commit").write_text(git_commit())

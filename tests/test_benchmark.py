@@ -76,6 +76,18 @@ def test_an_entry_that_was_made_longer_is_trained_on(tiny_entry, tmp_path, monke
     assert [row["global_step"] for row in read_csv(tmp_path)] == ["96"]
 
 
+def test_a_run_with_other_flags_is_not_taken_for_the_entrys(tiny_entry, tmp_path, monkeypatch):
+    run_reproduce(monkeypatch, "tiny", "--run-dir", tiny_entry)
+    made = (tmp_path / "results" / "tiny.csv").read_bytes()
+    other = f"{TINY} --gae-lambda 0.8"
+    monkeypatch.setitem(reproduce.ENTRIES, "tiny", ("rl2_ppo.py", other, (1, 2), 1, "none"))
+    with pytest.raises(SystemExit, match="--gae-lambda 0.8 .* ended with 1"):
+        run_reproduce(monkeypatch, "tiny", "--run-dir", tiny_entry)
+    said = (tiny_entry / "tiny" / "seed1.log").read_text().splitlines()[-1]
+    assert said.startswith("error: --gae-lambda 0.8: ") and said.endswith("was trained with 1.0")
+    assert (tmp_path / "results" / "tiny.csv").read_bytes() == made
+
+
 def test_reproduce_lists_its_entries_and_names_an_unknown_one(tiny_entry, monkeypatch, capsys):
     run_reproduce(monkeypatch)
     assert "tiny: rl2_ppo.py --num-envs 8" in capsys.readouterr().out

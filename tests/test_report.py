@@ -158,6 +158,19 @@ def test_every_result_is_in_the_tables_and_every_row_has_its_entry():
     assert fields <= written and fields - compared <= reproduce.ENTRIES.keys()
 
 
+@pytest.mark.parametrize("name", reproduce.ENTRIES)
+def test_a_result_is_of_its_entrys_flags_and_seeds_and_of_the_steps_that_it_asks_for(name):
+    file, flags, seeds, _, _ = reproduce.ENTRIES[name]
+    module = script(file.removesuffix(".py"))
+    asked = module.parse_args(module.Args, flags.split())[0].total_timesteps
+    rows = report.Entry(name).rows
+    assert {row["command"] for row in rows} == {f"{file} {flags}"}
+    assert tuple(int(row["seed"]) for row in rows) == seeds
+    if min(int(row["global_step"]) for row in rows) < asked:
+        (line,) = [line for line in report.TEMPLATES.read_text().splitlines() if f"{{{name}." in line]
+        assert "cut off" in line
+
+
 @pytest.mark.parametrize(
     "values, errors, text",
     [
